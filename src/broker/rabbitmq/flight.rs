@@ -1,0 +1,369 @@
+//! The messages in flight on one channel, and what became of each.
+//!
+//! lapin queues a returned message and hands it to whichever confirm it handles next; a multiple confirm it
+//! handles in the order of a hash map. So a confirm tells only that *its* message is settled, and whether that
+//! one was returned must be found out from the returns that other confirms carry. What helps is that the broker
+//! sends a return before the confirm of the same message, and that lapin handles one thing after the other:
+//!
+//! * A confirm without a return found the queue of returns empty. Its message's return, if there was one, went
+//!   to a confirm that was handled before, and a look at all confirms afterwards finds that one.
+//! * A confirm with another message's return says nothing of its own. Once some confirm that was still missing
+//!   afterwards comes without a return, the queue was empty then, and a look at all confirms is conclusive too.
+//! * When no confirm is missing, no return is.
+//!
+//! Several channels, each left to rest between batches, would be simpler. But RabbitMQ keeps order only within
+//! a channel: the consumer saw message 5,001 before 4,961.
+
+use super::wire::{self, Place};
+use crate::broker::Outcome;
+use lapin::{ChannelState, Confirmation, Error, ErrorKind};
+use std::collections::{HashMap, VecDeque};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+use tokio::time::Instant;
+
+/// The confirm that wakes the task is this far behind the oldest missing one: one look for so many messages.
+const STRIDE: usize = 1_000;
+
+/// Messages in flight, `C` being the promise of a confirm.
+pub(super) struct Flight<C> {
+    /// In the order of publishing; those with an outcome leave when they are the oldest.
+    messages: VecDeque<InFlight<C>>,
+    /// Number of the first of `messages`, counted from the channel's first.
+    first: u64,
+    unconfirmed: usize,
+    /// Looks at all confirms so far.
+    looks: u64,
+    /// Messages settled before this look have no return outstanding in lapin's queue.
+    emptied: u64,
+    /// The same, as soon as one more look is over.
+    emptying: u64,
+    /// Something was looked at and not told yet.
+    looked: bool,
+    returns: HashMap<Place, Vec<(u16, String)>>,
+}
+
+struct InFlight<C> {
+    ticket: u64,
+    place: Place,
+    published_at: Instant,
+    state: State<C>,
+}
+
+enum State<C> {
+    /// Not on the socket yet: lapin gives the promise of the confirm when it is.
+    Unwritten,
+    /// Not there yet at the look named.
+    Missing(C, u64),
+    /// Confirmed, as was seen at the look named; `alone` if the confirm carried no return.
+    Settled { acked: bool, alone: bool, look: u64 },
+    /// Its outcome has been told.
+    Told,
+}
+
+impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
+    pub(super) fn new() -> Self {
+        Self {
+            messages: VecDeque::new(),
+            first: 0,
+            unconfirmed: 0,
+            looks: 0,
+            emptied: 0,
+            emptying: 0,
+            looked: false,
+            returns: HashMap::new(),
+        }
+    }
+
+    /// Messages whose outcome has not been told.
+    pub(super) fn unconfirmed(&self) -> usize {
+        self.unconfirmed
+    }
+
+    /// Takes a message on; answers its number.
+    pub(super) fn board(&mut self, ticket: u64, place: Place) -> u64 {
+        self.messages.push_back(InFlight { ticket, place, published_at: Instant::now(), state: State::Unwritten });
+        self.unconfirmed += 1;
+        self.first + self.messages.len() as u64 - 1
+    }
+
+    /// The message of this number was written: from now on its confirm is awaited.
+    pub(super) fn written(&mut self, number: u64, confirm: C) {
+        self.messages[(number - self.first) as usize].state = State::Missing(confirm, 0);
+    }
+
+    /// When the oldest message without a confirm was published; call [`look`](Self::look) before.
+    pub(super) fn oldest_missing(&self) -> Option<Instant> {
+        let missing = |message: &&InFlight<C>| matches!(message.state, State::Unwritten | State::Missing(..));
+        self.messages.iter().find(missing).map(|message| message.published_at)
+    }
+
+    /// Messages between the oldest and the newest without an outcome, those that have one included.
+    pub(super) fn span(&self) -> usize {
+        self.messages.len()
+    }
+
+    /// Tells the outcomes that are certain; if there are none, has a confirm wake the task.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, into: &mut Vec<(u64, Outcome)>) -> Poll<Result<(), Error>> {
+        let before = into.len();
+        loop {
+            if std::mem::take(&mut self.looked) {
+                self.tell(into)?;
+            }
+            if into.len() > before {
+                return Poll::Ready(Ok(()));
+            }
+            if !self.poll_watched(cx)? {
+                return Poll::Pending;
+            }
+            // What was settled before something that the first look saw settled, and was missing when the look
+            // passed it, the second one finds.
+            let seen = self.look_at(self.messages.len())?;
+            self.look_at(seen)?;
+        }
+    }
+
+    /// Looks at every confirm that was missing. Takes the wakers off: follow it with [`poll`](Self::poll).
+    pub(super) fn look(&mut self) -> Result<(), Error> {
+        self.look_at(self.messages.len()).map(drop)
+    }
+
+    /// Looks at the first `end` messages; answers up to where it found something new.
+    fn look_at(&mut self, end: usize) -> Result<usize, Error> {
+        self.looks += 1;
+        self.looked = true;
+        self.emptied = self.emptying;
+        let mut seen = 0;
+        for at in 0..end {
+            if matches!(self.messages[at].state, State::Missing(..))
+                && self.take(at, self.looks, &mut Context::from_waker(Waker::noop()))?
+            {
+                seen = at;
+            }
+        }
+        Ok(seen)
+    }
+
+    /// Passes on what the broken channel says to each missing confirm.
+    pub(super) fn hear(&mut self, cx: &mut Context<'_>, heard: &mut Vec<Error>) {
+        for at in 0..self.messages.len() {
+            heard.extend(self.take(at, self.looks, cx).err());
+        }
+    }
+
+    /// Takes in one confirm, if it is there; false if it is missing.
+    fn take(&mut self, at: usize, look: u64, cx: &mut Context<'_>) -> Result<bool, Error> {
+        let message = &mut self.messages[at];
+        let State::Missing(confirm, missing_at) = &mut message.state else { return Ok(true) };
+        let Poll::Ready(confirmation) = Pin::new(confirm).poll(cx) else {
+            *missing_at = look;
+            return Ok(false);
+        };
+        let missing_at = *missing_at;
+        // Should it be an error: a promise must not be asked again.
+        message.state = State::Unwritten;
+        let (acked, returned) = match confirmation? {
+            Confirmation::Ack(returned) => (true, returned),
+            Confirmation::Nack(returned) => (false, returned),
+            // Only without confirm mode: taking it for an ack would lose messages.
+            Confirmation::NotRequested => {
+                let context = "publishing on a channel that is not in confirm mode";
+                return Err(ErrorKind::InvalidChannelState(ChannelState::Connected, context).into());
+            }
+        };
+        message.state = State::Settled { acked, alone: returned.is_none(), look };
+        match returned {
+            None => self.emptying = self.emptying.max(missing_at),
+            Some(returned) => {
+                let place = wire::place(&returned.delivery.properties).unwrap_or_default();
+                let told = (returned.reply_code, returned.reply_text.to_string());
+                self.returns.entry(place).or_default().push(told);
+            }
+        }
+        Ok(true)
+    }
+
+    /// True if one of the confirms that speak for the others is there: the newest, and one a stride behind the
+    /// oldest. Two, because a queue that is slow to confirm must not hold up the outcomes of the rest.
+    fn poll_watched(&mut self, cx: &mut Context<'_>) -> Result<bool, Error> {
+        let missing = |at: &usize| matches!(self.messages[*at].state, State::Missing(..));
+        let newest = (0..self.messages.len()).rev().find(missing);
+        let strided = (0..self.messages.len()).filter(missing).nth(STRIDE);
+        let mut there = false;
+        for at in [strided, newest].into_iter().flatten() {
+            there |= self.take(at, self.looks, cx)?;
+        }
+        Ok(there)
+    }
+
+    /// Tells every outcome that is certain after the looks so far.
+    fn tell(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), Error> {
+        let none_missing = self.oldest_missing().is_none();
+        for message in &mut self.messages {
+            let State::Settled { acked, alone, look } = message.state else { continue };
+            let conclusive = none_missing || if alone { look < self.looks } else { look < self.emptied };
+            let returned = match self.returns.is_empty() {
+                true => None,
+                false => self.returns.get_mut(&message.place).and_then(Vec::pop),
+            };
+            let outcome = match returned {
+                Some((code, text)) if acked => Outcome::Returned { code, text },
+                None if !conclusive => continue,
+                None if acked => Outcome::Confirmed,
+                // A message that was nacked was not taken, whatever else is said of it.
+                _ => Outcome::Nacked,
+            };
+            into.push((message.ticket, outcome));
+            message.state = State::Told;
+            self.unconfirmed -= 1;
+        }
+        self.returns.retain(|_, returns| !returns.is_empty());
+        while matches!(self.messages.front(), Some(InFlight { state: State::Told, .. })) {
+            self.messages.pop_front();
+            self.first += 1;
+        }
+        // A return that fits no message means that some outcome told was wrong.
+        if none_missing && !self.returns.is_empty() {
+            let context = "the broker returned a message that was not in flight";
+            return Err(ErrorKind::InvalidChannelState(ChannelState::Connected, context).into());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::message::{Envelope, Message, MessageId, Position};
+    use lapin::message::{BasicReturnMessage, Delivery};
+    use std::cell::RefCell;
+    use std::rc::Rc;
+    use uuid::Uuid;
+
+    /// A broker, and lapin's way with returns and confirms, one step at a time in an order drawn by chance.
+    struct Wire {
+        random: u64,
+        /// Messages without a confirm: number, fate, and whether the return is on its way.
+        open: Vec<(u64, Outcome, bool)>,
+        queue: VecDeque<BasicReturnMessage>,
+        confirms: HashMap<u64, Confirmation>,
+    }
+
+    impl Wire {
+        fn draw(&mut self, below: usize) -> usize {
+            self.random = self.random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (self.random >> 33) as usize % below
+        }
+
+        fn step(&mut self) {
+            if self.open.is_empty() {
+                return;
+            }
+            // Near the oldest mostly, as brokers confirm.
+            let reach = if self.draw(4) == 0 { self.open.len() } else { self.open.len().min(3) };
+            let at = self.draw(reach);
+            match self.draw(3) {
+                0 => self.hand_back(at),
+                1 => self.confirm(at),
+                _ => {
+                    let mut left = at + 1;
+                    while left > 0 {
+                        let next = self.draw(left);
+                        self.confirm(next);
+                        left -= 1;
+                    }
+                }
+            }
+        }
+
+        fn hand_back(&mut self, at: usize) {
+            let (number, fate, on_its_way) = &mut self.open[at];
+            if matches!(fate, Outcome::Returned { .. }) && !*on_its_way {
+                *on_its_way = true;
+                let mut delivery = Delivery::mock(0, "".into(), "".into(), false, Vec::new());
+                delivery.properties = wire::properties(&envelope(*number)).expect("it fits");
+                let returned = BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() };
+                self.queue.push_back(returned);
+            }
+        }
+
+        fn confirm(&mut self, at: usize) {
+            self.hand_back(at);
+            let (number, fate, _) = self.open.remove(at);
+            let returned = self.queue.pop_front();
+            let nacked = fate == Outcome::Nacked;
+            let confirm = if nacked { Confirmation::Nack(returned) } else { Confirmation::Ack(returned) };
+            self.confirms.insert(number, confirm);
+        }
+    }
+
+    struct Promise(Rc<RefCell<Wire>>, u64);
+
+    impl Future for Promise {
+        type Output = Result<Confirmation, Error>;
+        fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+            let mut wire = self.0.borrow_mut();
+            // lapin's thread goes on between two polls.
+            while wire.draw(10) == 0 {
+                wire.step();
+            }
+            wire.confirms.remove(&self.1).map_or(Poll::Pending, |confirmation| Poll::Ready(Ok(confirmation)))
+        }
+    }
+
+    fn envelope(number: u64) -> Envelope {
+        Envelope {
+            message: Message {
+                id: MessageId(Uuid::nil()),
+                topic: "t".to_owned(),
+                key: None,
+                content_type: String::new(),
+                headers: Default::default(),
+                body: Vec::new(),
+                published_at_s: 0,
+            },
+            position: Position { source: Uuid::nil(), stream: "t#0".to_owned(), offset: number as i64 },
+        }
+    }
+
+    /// Publishes with a window, and answers the outcomes told as (number, fate, told).
+    fn fly(seed: u64) -> Vec<(u64, Outcome, Outcome)> {
+        let wire = Wire { random: seed, open: Vec::new(), queue: VecDeque::new(), confirms: HashMap::new() };
+        let wire = Rc::new(RefCell::new(wire));
+        let (mut flight, mut fates, mut told) = (Flight::new(), Vec::new(), Vec::new());
+        let mut cx = Context::from_waker(Waker::noop());
+        for round in 0..100_000 {
+            assert!(round < 99_999, "the flight never ended");
+            if fates.len() < 400 && flight.unconfirmed() < 40 && wire.borrow_mut().draw(3) > 0 {
+                let number = fates.len() as u64;
+                let fate = match wire.borrow_mut().draw(6) {
+                    0 => Outcome::Returned { code: 312, text: "NO_ROUTE".to_owned() },
+                    1 => Outcome::Nacked,
+                    _ => Outcome::Confirmed,
+                };
+                fates.push(fate.clone());
+                let seat = flight.board(number, (Uuid::nil(), "t#0".to_owned(), number as i64));
+                wire.borrow_mut().open.push((number, fate, false));
+                flight.written(seat, Promise(Rc::clone(&wire), number));
+            } else if let Poll::Ready(result) = flight.poll(&mut cx, &mut told) {
+                result.expect("every return is somebody's");
+            }
+            if told.len() == 400 {
+                break;
+            }
+        }
+        assert_eq!((flight.unconfirmed(), flight.span()), (0, 0));
+        told.into_iter().map(|(number, outcome)| (number, fates[number as usize].clone(), outcome)).collect()
+    }
+
+    // Goal: no outcome is another message's, whatever the order of returns and confirms, and whenever we look.
+    #[test]
+    fn outcomes_are_exact_in_any_order() {
+        for seed in 0..500 {
+            for (number, fate, told) in fly(seed) {
+                assert_eq!(fate, told, "message {number}, seed {seed}");
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! `oncebox relay`, `consume`, `serve` and `run`: the same parts, alone or together.
+
+use crate::api;
+use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
+use crate::broker::{Broker, Publisher};
+use crate::config::{Config, ConfigError, ConsumerConfig};
+use crate::consumer::{self, ConsumerOptions};
+use crate::db;
+use crate::inbox::handler::SqlHandler;
+use crate::relay::{self, RelayOptions};
+use crate::supervise;
+use anyhow::Context;
+use std::sync::Arc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+/// Which parts a process runs.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts {
+    relay: bool,
+    consume: bool,
+    serve: bool,
+}
+
+impl Parts {
+    /// The relay alone.
+    pub const RELAY: Self = Self { relay: true, consume: false, serve: false };
+    /// The consumers alone.
+    pub const CONSUME: Self = Self { relay: false, consume: true, serve: false };
+    /// The REST API alone.
+    pub const SERVE: Self = Self { relay: false, consume: false, serve: true };
+    /// Everything.
+    pub const ALL: Self = Self { relay: true, consume: true, serve: true };
+}
+
+/// Runs the parts until a signal; the first that fails ends all, in order, and the process with an error.
+pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
+    let database_url = config.database_url()?.to_owned();
+    if parts.relay || parts.consume {
+        config.amqp_url()?;
+    }
+    if parts.consume && !parts.serve && config.consumers.is_empty() {
+        let reason = "there is none: give a config file with at least one [[consumer]]".to_owned();
+        return Err(ConfigError { setting: "consumer".to_owned(), reason }.into());
+    }
+    let shutdown = supervise::shutdown_on_signal()?;
+    let conn = supervise::wait_for_database(&database_url, &shutdown).await?;
+    db::close(conn).await;
+
+    let mut tasks = JoinSet::new();
+    if parts.serve {
+        let listener = tokio::net::TcpListener::bind(config.listen).await;
+        let listener = listener.with_context(|| format!("listen: cannot listen on {}", config.listen))?;
+        tracing::info!(address = %config.listen, "serving");
+        tasks.spawn(serve(listener, database_url.clone(), shutdown.clone()));
+    }
+    if parts.relay {
+        tasks.spawn(run_relay(config.clone(), database_url.clone(), shutdown.clone()));
+    }
+    if parts.consume {
+        for consumer in &config.consumers {
+            tasks.spawn(run_consumer(config.clone(), consumer.clone(), database_url.clone(), shutdown.clone()));
+        }
+    }
+    let mut result = Ok(());
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended.context("a part of the process ended unexpectedly")? {
+            shutdown.cancel();
+            result = result.and(Err(error));
+        }
+    }
+    result
+}
+
+fn rabbitmq(config: &Config, connection_name: &str) -> anyhow::Result<Arc<RabbitMq>> {
+    let mut options = RabbitMqOptions::new(config.amqp_url()?);
+    options.connection_name = connection_name.to_owned();
+    let broker = RabbitMq::new(options)
+        .map_err(|error| ConfigError { setting: "amqp_url".to_owned(), reason: error.to_string() })?;
+    Ok(Arc::new(broker))
+}
+
+async fn run_relay(config: Config, database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let broker = rabbitmq(&config, "oncebox relay")?;
+    // What no waiting can mend is said at once, not in a log that repeats itself.
+    match broker.publisher(&config.exchange).await {
+        Ok(publisher) => publisher.close().await,
+        Err(error) if error.is_transient() => tracing::warn!(%error, "the broker is not there yet"),
+        Err(error) => return Err(error.into()),
+    }
+    let options = RelayOptions {
+        database_url,
+        exchange: config.exchange,
+        key_window: config.key_window,
+        drain_deadline: config.drain_deadline,
+    };
+    Ok(relay::run(broker, options, shutdown).await?)
+}
+
+async fn run_consumer(
+    config: Config,
+    consumer: ConsumerConfig,
+    database_url: String,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let name = format!("consumer \"{}\"", consumer.name);
+    let broker = rabbitmq(&config, &format!("oncebox consume {}", consumer.name))?;
+    let database_url = consumer.database_url.unwrap_or(database_url);
+    let handler = SqlHandler::new(&consumer.sql_handler).with_context(|| name.clone())?;
+    let mut conn = supervise::wait_for_database(&database_url, &shutdown).await.with_context(|| name.clone())?;
+    handler.check(&mut conn).await?.with_context(|| format!("{name}: handler"))?;
+    db::close(conn).await;
+    let options = ConsumerOptions {
+        name: consumer.name,
+        database_url,
+        queue: consumer.queue,
+        exchange: config.exchange,
+        bindings: consumer.bindings,
+        concurrency: consumer.concurrency,
+        max_attempts: consumer.max_attempts,
+        order: consumer.order,
+        backoff: consumer.backoff,
+        handler_timeout: consumer.handler_timeout,
+        drain_deadline: config.drain_deadline,
+    };
+    consumer::run(broker, Arc::new(handler), options, shutdown).await.with_context(|| name)
+}
+
+async fn serve(
+    listener: tokio::net::TcpListener,
+    database_url: String,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let stop = shutdown.clone();
+    let served = axum::serve(listener, api::router(database_url))
+        .with_graceful_shutdown(async move { stop.cancelled().await })
+        .into_future();
+    let deadline = async {
+        shutdown.cancelled().await;
+        tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    };
+    tokio::select! {
+        result = served => Ok(result?),
+        () = deadline => Ok(()),
+    }
+}

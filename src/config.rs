@@ -1,0 +1,326 @@
+//! Configuration: flags over environment over file over defaults, each value checked once, at the start.
+//!
+//! Every error names the setting. Left out on purpose: reloading; a restart is cheap and loses nothing.
+
+use crate::backoff::Backoff;
+use crate::consumer::Order;
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+/// A setting is missing or wrong; one line, which names it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{setting}: {reason}")]
+pub struct ConfigError {
+    /// Name of the setting, as in the file.
+    pub setting: String,
+    /// What is wrong, and what would be right.
+    pub reason: String,
+}
+
+impl ConfigError {
+    fn new(setting: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self { setting: setting.into(), reason: reason.into() }
+    }
+}
+
+/// What flags and environment give; they win over the file.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// `--database-url`, `ONCEBOX_DATABASE_URL`
+    pub database_url: Option<String>,
+    /// `--amqp-url`, `ONCEBOX_AMQP_URL`
+    pub amqp_url: Option<String>,
+    /// `--listen`, `ONCEBOX_LISTEN`
+    pub listen: Option<String>,
+}
+
+/// Everything the processes are told.
+#[derive(Debug, Clone)]
+pub struct Config {
+    database_url: Option<String>,
+    amqp_url: Option<String>,
+    /// Where the REST API listens.
+    pub listen: SocketAddr,
+    /// Topic exchange.
+    pub exchange: String,
+    /// How long a stopping process waits for what is in flight.
+    pub drain_deadline: Duration,
+    /// Unconfirmed messages of one key.
+    pub key_window: usize,
+    /// Consumers, in the order of the file.
+    pub consumers: Vec<ConsumerConfig>,
+}
+
+/// One `[[consumer]]`.
+#[derive(Debug, Clone)]
+pub struct ConsumerConfig {
+    /// Name of the logical consumer.
+    pub name: String,
+    /// Database of inbox and effects, if not the one of the whole.
+    pub database_url: Option<String>,
+    /// Queue.
+    pub queue: String,
+    /// Topic patterns.
+    pub bindings: Vec<String>,
+    /// Name of the SQL function that handles messages.
+    pub sql_handler: String,
+    /// Handlers at a time.
+    pub concurrency: usize,
+    /// Failures after which a message is parked.
+    pub max_attempts: u32,
+    /// Order of effects.
+    pub order: Order,
+    /// Delay between attempts.
+    pub backoff: Backoff,
+    /// Longest run of a handler.
+    pub handler_timeout: Duration,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    database_url: Option<String>,
+    amqp_url: Option<String>,
+    listen: Option<String>,
+    exchange: Option<String>,
+    drain_deadline: Option<String>,
+    #[serde(default)]
+    relay: RelayTable,
+    #[serde(default)]
+    consumer: Vec<ConsumerTable>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RelayTable {
+    key_window: Option<usize>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConsumerTable {
+    name: String,
+    database_url: Option<String>,
+    queue: Option<String>,
+    #[serde(default)]
+    bindings: Vec<String>,
+    handler: HandlerTable,
+    concurrency: Option<usize>,
+    max_attempts: Option<u32>,
+    order: Option<String>,
+    backoff_initial: Option<String>,
+    backoff_cap: Option<String>,
+    handler_timeout: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HandlerTable {
+    sql: Option<String>,
+    http: Option<String>,
+}
+
+impl Config {
+    /// Reads the file, if one is given, and lays the overrides over it.
+    pub fn load(path: Option<&Path>, overrides: Overrides) -> Result<Self, ConfigError> {
+        let text = match path {
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|error| ConfigError::new("--config", format!("{}: {error}", path.display())))?,
+            None => String::new(),
+        };
+        Self::parse(&text, overrides)
+    }
+
+    /// Reads the text of a file and lays the overrides over it.
+    pub fn parse(text: &str, overrides: Overrides) -> Result<Self, ConfigError> {
+        let file: File = toml::from_str(text).map_err(|error| syntax_error(text, &error))?;
+        let listen = overrides.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:7077".to_owned());
+        let consumers = file.consumer.into_iter().map(consumer).collect::<Result<Vec<_>, _>>()?;
+        for (index, consumer) in consumers.iter().enumerate() {
+            if consumers[..index].iter().any(|earlier| earlier.name == consumer.name) {
+                return Err(ConfigError::new("consumer.name", format!("\"{}\" is there twice", consumer.name)));
+            }
+        }
+        Ok(Self {
+            database_url: overrides.database_url.or(file.database_url),
+            amqp_url: overrides.amqp_url.or(file.amqp_url),
+            listen: listen
+                .parse()
+                .map_err(|_| ConfigError::new("listen", format!("\"{listen}\" is no address:port")))?,
+            exchange: short("exchange", file.exchange.unwrap_or_else(|| "oncebox".to_owned()))?,
+            drain_deadline: duration("drain_deadline", file.drain_deadline, Duration::from_secs(10))?,
+            key_window: at_least_one("relay.key_window", file.relay.key_window.unwrap_or(1), 10_000)?,
+            consumers,
+        })
+    }
+
+    /// The database, which nearly every command needs.
+    pub fn database_url(&self) -> Result<&str, ConfigError> {
+        let url = self.database_url.as_deref().ok_or_else(|| {
+            let reason = "is not set: give ONCEBOX_DATABASE_URL, --database-url or database_url in the config file";
+            ConfigError::new("database_url", reason)
+        })?;
+        if url.starts_with("postgres://") || url.starts_with("postgresql://") {
+            Ok(url)
+        } else {
+            Err(ConfigError::new("database_url", "must begin with postgres:// or postgresql://"))
+        }
+    }
+
+    /// The broker.
+    pub fn amqp_url(&self) -> Result<&str, ConfigError> {
+        let url = self.amqp_url.as_deref().ok_or_else(|| {
+            let reason = "is not set: give ONCEBOX_AMQP_URL, --amqp-url or amqp_url in the config file";
+            ConfigError::new("amqp_url", reason)
+        })?;
+        if url.starts_with("amqp://") || url.starts_with("amqps://") {
+            Ok(url)
+        } else {
+            Err(ConfigError::new("amqp_url", "must begin with amqp:// or amqps://"))
+        }
+    }
+}
+
+fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
+    let name = short("consumer.name", table.name)?;
+    let setting = |field: &str| format!("consumer \"{name}\": {field}");
+    let sql_handler = match (table.handler.sql, table.handler.http) {
+        (Some(sql), None) => sql,
+        (None, Some(_)) => {
+            return Err(ConfigError::new(setting("handler.http"), "is not supported yet: give handler.sql"));
+        }
+        _ => return Err(ConfigError::new(setting("handler"), "must be { sql = \"schema.function\" }")),
+    };
+    crate::inbox::handler::SqlHandler::new(&sql_handler)
+        .map_err(|error| ConfigError::new(setting("handler.sql"), error.to_string()))?;
+    let order = match table.order.as_deref() {
+        None | Some("key") => Order::Key,
+        Some("none") => Order::None,
+        Some("stream") => return Err(ConfigError::new(setting("order"), "\"stream\" is not supported yet")),
+        Some(other) => {
+            return Err(ConfigError::new(setting("order"), format!("\"{other}\" is neither \"key\" nor \"none\"")));
+        }
+    };
+    for binding in &table.bindings {
+        short(&setting("bindings"), binding.clone())?;
+    }
+    let max_attempts = table.max_attempts.unwrap_or(5);
+    Ok(ConsumerConfig {
+        queue: short(&setting("queue"), table.queue.unwrap_or_else(|| name.clone()))?,
+        database_url: table.database_url,
+        sql_handler,
+        concurrency: at_least_one(&setting("concurrency"), table.concurrency.unwrap_or(8), 256)?,
+        max_attempts: at_least_one(&setting("max_attempts"), max_attempts as usize, 1_000_000)? as u32,
+        order,
+        backoff: Backoff {
+            initial: duration(&setting("backoff_initial"), table.backoff_initial, Duration::from_secs(1))?,
+            cap: duration(&setting("backoff_cap"), table.backoff_cap, Duration::from_secs(300))?,
+        },
+        handler_timeout: duration(&setting("handler_timeout"), table.handler_timeout, Duration::from_secs(60))?,
+        bindings: table.bindings,
+        name,
+    })
+}
+
+/// Names on the broker are short strings.
+fn short(setting: &str, value: String) -> Result<String, ConfigError> {
+    if (1..=255).contains(&value.len()) && !value.contains('\0') {
+        Ok(value)
+    } else {
+        Err(ConfigError::new(setting, "must be 1 to 255 bytes without NUL"))
+    }
+}
+
+fn at_least_one(setting: &str, value: usize, at_most: usize) -> Result<usize, ConfigError> {
+    if (1..=at_most).contains(&value) {
+        Ok(value)
+    } else {
+        Err(ConfigError::new(setting, format!("must be 1 to {at_most}, got {value}")))
+    }
+}
+
+/// Durations are a number and a unit: 250ms, 10s, 5m, 2h.
+fn duration(setting: &str, text: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
+    let Some(text) = text else { return Ok(default) };
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit_ms = match &text[digits..] {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => 0,
+    };
+    let ms = text[..digits].parse::<u64>().ok().and_then(|number| number.checked_mul(unit_ms)).unwrap_or(0);
+    // A day: longer is a typing error, and timers have their limits.
+    if ms == 0 || ms > 86_400_000 {
+        let reason = format!("\"{text}\" is no duration between 1ms and 24h: write 250ms, 10s, 5m or 2h");
+        return Err(ConfigError::new(setting, reason));
+    }
+    Ok(Duration::from_millis(ms))
+}
+
+/// The parser's message on one line, with the line of the file.
+fn syntax_error(text: &str, error: &toml::de::Error) -> ConfigError {
+    let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    ConfigError::new(format!("config file, line {line}"), error.message().replace('\n', " "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        Config::parse(text, Overrides::default()).and_then(|c| c.database_url().map(drop)).unwrap_err().to_string()
+    }
+
+    /// Goal: every wrong or missing setting is one line that names it.
+    #[test]
+    fn errors_name_the_setting() {
+        let consumer = |line: &str| format!("[[consumer]]\nname = \"b\"\nhandler = {{ sql = \"f\" }}\n{line}");
+        for (text, expected) in [
+            (String::new(), "database_url: is not set"),
+            ("databse_url = \"x\"".to_owned(), "config file, line 1: unknown field `databse_url`"),
+            ("database_url = \"mysql://x\"".to_owned(), "database_url: must begin with postgres://"),
+            ("listen = \"7077\"".to_owned(), "listen: \"7077\" is no address:port"),
+            ("drain_deadline = \"10\"".to_owned(), "drain_deadline: \"10\" is no duration"),
+            ("[relay]\nkey_window = 0".to_owned(), "relay.key_window: must be 1 to 10000"),
+            ("exchange = \"\"".to_owned(), "exchange: must be 1 to 255 bytes"),
+            ("[[consumer]]\nname = \"b\"".to_owned(), "config file, line 1: missing field `handler`"),
+            (consumer("order = \"stream\""), "consumer \"b\": order: \"stream\" is not supported yet"),
+            (consumer("order = \"fifo\""), "consumer \"b\": order: \"fifo\" is neither"),
+            (consumer("concurrency = 0"), "consumer \"b\": concurrency: must be 1 to 256"),
+            (consumer("max_attempts = 0"), "consumer \"b\": max_attempts: must be 1"),
+            (consumer("backoff_cap = \"1 day\""), "consumer \"b\": backoff_cap: \"1 day\" is no duration"),
+            (consumer(&consumer("")), "consumer.name: \"b\" is there twice"),
+            (
+                "[[consumer]]\nname = \"b\"\nhandler = { http = \"http://x\" }".to_owned(),
+                "handler.http: is not supported",
+            ),
+            (
+                "[[consumer]]\nname = \"b\"\nhandler = { sql = \"a.b.c\" }".to_owned(),
+                "handler.sql: \"a.b.c\" is no function",
+            ),
+        ] {
+            let error = refused(&text);
+            assert!(error.contains(expected), "{text:?} gave {error:?}, not {expected:?}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+        }
+    }
+
+    /// Goal: flags and environment win over the file, the file over defaults.
+    #[test]
+    fn overrides_win() {
+        let file = "database_url = \"postgres://file\"\nlisten = \"127.0.0.1:1\"\n[[consumer]]\nname = \"b\"\n\
+                    handler = { sql = \"f\" }";
+        let overrides = Overrides { database_url: Some("postgres://flag".to_owned()), ..Overrides::default() };
+        let config = Config::parse(file, overrides).expect("valid");
+        assert_eq!(config.database_url().expect("set"), "postgres://flag");
+        assert_eq!(config.listen.port(), 1);
+        assert_eq!((config.exchange.as_str(), config.drain_deadline), ("oncebox", Duration::from_secs(10)));
+        let consumer = &config.consumers[0];
+        assert_eq!((consumer.queue.as_str(), consumer.concurrency, consumer.max_attempts), ("b", 8, 5));
+        assert_eq!(consumer.order, Order::Key);
+    }
+}

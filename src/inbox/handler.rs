@@ -1,0 +1,163 @@
+//! What runs when a message is new: a Rust value, or a function in the consumer's database.
+
+use super::Received;
+use sqlx::{AssertSqlSafe, PgConnection};
+use std::future::Future;
+use std::pin::Pin;
+
+/// Why a handler did not apply a message. Its transaction is rolled back in every case.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandlerError {
+    /// Try again later, at most as often as the consumer's `max_attempts`.
+    #[error("{0}")]
+    Failed(String),
+    /// No attempt will succeed: park it at once.
+    #[error("{0}")]
+    Park(String),
+    /// The database said no. Errors of the connection, the server's state or a conflict are retried without
+    /// counting; any other counts like [`Failed`](Self::Failed).
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// The future a handler returns.
+pub type Handling<'a> = Pin<Box<dyn Future<Output = Result<(), HandlerError>> + Send + 'a>>;
+
+/// Applies a message inside the transaction that accepted it.
+pub trait Handler: Send + Sync + 'static {
+    /// Does the work on `conn`, which is inside the transaction of `accept`: do not commit or roll it back. What is
+    /// written there, outbox rows included, happens exactly once; any other effect may happen again after a crash.
+    fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a>;
+}
+
+/// Calls `f(message_id uuid, topic text, payload jsonb, headers jsonb) returns void`; raising means failed.
+#[derive(Debug, Clone)]
+pub struct SqlHandler {
+    signature: String,
+    call: String,
+}
+
+/// The handler of the config file cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandlerSetupError {
+    /// The name is not `function` or `schema.function`.
+    #[error("\"{0}\" is no function name: write schema.function")]
+    Name(String),
+    /// No function with that name and these arguments.
+    #[error("the function {0} does not exist in the consumer's database")]
+    Missing(String),
+    /// It exists, and the consumer's role may not call it.
+    #[error("role {role} may not call {signature}: grant execute on function {signature} to {role}")]
+    Forbidden {
+        /// Name and arguments.
+        signature: String,
+        /// The role of the consumer's connection.
+        role: String,
+    },
+}
+
+const EXISTS: &str = "
+    select to_regprocedure($1) is not null, coalesce(has_function_privilege(to_regprocedure($1), 'execute'), false),
+        current_user::text";
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[EXISTS];
+
+impl SqlHandler {
+    /// A handler that calls the function `name`, given as `function` or `schema.function`.
+    pub fn new(name: &str) -> Result<Self, HandlerSetupError> {
+        let parts: Vec<&str> = name.split('.').collect();
+        if parts.len() > 2 || parts.iter().any(|part| part.trim().is_empty() || part.contains('\0')) {
+            return Err(HandlerSetupError::Name(name.to_owned()));
+        }
+        let quoted: Vec<String> = parts.iter().map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect();
+        let quoted = quoted.join(".");
+        Ok(Self {
+            signature: format!("{quoted}(uuid, text, jsonb, jsonb)"),
+            call: format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)"),
+        })
+    }
+
+    /// Fails unless the function is there and may be called.
+    pub async fn check(&self, conn: &mut PgConnection) -> Result<Result<(), HandlerSetupError>, sqlx::Error> {
+        let (exists, callable, role): (bool, bool, String) =
+            sqlx::query_as(EXISTS).bind(&self.signature).fetch_one(conn).await?;
+        let signature = self.signature.clone();
+        Ok(match (exists, callable) {
+            (true, true) => Ok(()),
+            (true, false) => Err(HandlerSetupError::Forbidden { signature, role }),
+            (false, _) => Err(HandlerSetupError::Missing(signature)),
+        })
+    }
+}
+
+impl Handler for SqlHandler {
+    fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
+        Box::pin(async move {
+            let payload = jsonb_text(&message.body).map_err(|why| HandlerError::Park(format!("the payload {why}")))?;
+            let headers =
+                serde_json::to_vec(&message.headers).map_err(|error| HandlerError::Park(error.to_string()))?;
+            let headers = jsonb_text(&headers).map_err(|why| HandlerError::Park(format!("a header {why}")))?;
+            // The function's name was quoted when the handler was made.
+            sqlx::query(AssertSqlSafe(self.call.as_str()))
+                .bind(message.id.0)
+                .bind(&message.topic)
+                .bind(payload)
+                .bind(headers)
+                .execute(conn)
+                .await?;
+            Ok(())
+        })
+    }
+}
+
+/// The bytes as text that Postgres takes for `jsonb`: JSON without the NUL character, which it cannot store.
+fn jsonb_text(bytes: &[u8]) -> Result<&str, String> {
+    let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())?;
+    if text.contains("\\u0000") {
+        let value: serde_json::Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
+        if has_nul(&value) {
+            return Err("holds a NUL character, which jsonb cannot store".to_owned());
+        }
+    } else {
+        serde_json::from_str::<&serde_json::value::RawValue>(text).map_err(|error| format!("is not JSON: {error}"))?;
+    }
+    Ok(text)
+}
+
+fn has_nul(value: &serde_json::Value) -> bool {
+    match value {
+        serde_json::Value::String(text) => text.contains('\0'),
+        serde_json::Value::Array(values) => values.iter().any(has_nul),
+        serde_json::Value::Object(map) => map.iter().any(|(name, value)| name.contains('\0') || has_nul(value)),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a name cannot smuggle SQL, and a wrong one is refused.
+    #[test]
+    fn names_are_quoted() {
+        let handler = SqlHandler::new(r#"billing.on"x; drop table y"#).expect("two parts");
+        assert_eq!(handler.signature, r#""billing"."on""x; drop table y"(uuid, text, jsonb, jsonb)"#);
+        for name in ["", ".", "a.", "a.b.c"] {
+            assert!(SqlHandler::new(name).is_err(), "{name}");
+        }
+    }
+
+    /// Goal: what jsonb cannot hold is told apart from what it can.
+    #[test]
+    fn payloads_jsonb_cannot_hold_are_refused() {
+        assert!(jsonb_text(br#"{"a": "\\u0000"}"#).is_ok());
+        assert!(jsonb_text(br#"{"a": "\u0000"}"#).is_err());
+        assert!(jsonb_text(br#"{"\u0000": 1}"#).is_err());
+        assert!(jsonb_text(b"\xff").is_err());
+        assert!(jsonb_text(b"{").is_err());
+        assert!(jsonb_text(b"").is_err());
+    }
+}

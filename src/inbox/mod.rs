@@ -1,0 +1,139 @@
+//! The inbox: `broker → consumer → `**`inbox`**` → handler's transaction`.
+//!
+//! [`accept`] says, inside the handler's own transaction, whether a message is new; [`handler`] is what runs then;
+//! [`held`] keeps what must be tried again or needs an operator. Left out on purpose: the broker, which the
+//! consumer talks to.
+
+pub mod handler;
+pub mod held;
+
+use crate::message::{Delivery, Headers, MessageId, Position};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// A message as handlers get it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Received {
+    /// What it is deduplicated by.
+    pub id: MessageId,
+    /// Routing key it was published with.
+    pub topic: String,
+    /// Its ordering key.
+    pub key: Option<String>,
+    /// Its place in its stream, unless another producer than oncebox published it.
+    pub position: Option<Position>,
+    /// MIME type of the body.
+    pub content_type: Option<String>,
+    /// Every header on the wire: the caller's and those that begin with `oncebox-`.
+    pub headers: Headers,
+    /// The payload, byte for byte.
+    pub body: Vec<u8>,
+}
+
+/// Namespace of the ids made from other producers' text ids.
+const TEXT_IDS: Uuid = Uuid::from_u128(0x8f1c_6a3e_52d4_4b0e_9d57_0c2b_7a61_e4f3);
+
+impl Received {
+    /// Reads a delivery. An id that is no uuid becomes a version 5 uuid of its text, the same at every delivery.
+    /// Without any id there is nothing to deduplicate by: the delivery comes back.
+    pub fn from_delivery(delivery: Delivery) -> Result<Self, Delivery> {
+        let Some(text) = delivery.message_id.as_deref().filter(|text| !text.is_empty()) else {
+            return Err(delivery);
+        };
+        let id = Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v5(&TEXT_IDS, text.as_bytes()));
+        Ok(Self::with_id(MessageId(id), delivery))
+    }
+
+    /// Reads a delivery under an id given from outside.
+    pub fn with_id(id: MessageId, delivery: Delivery) -> Self {
+        // Postgres cannot store a NUL character, and no message of ours has one.
+        let storable = |text: &str| text.replace('\0', "\u{fffd}");
+        Self {
+            id,
+            position: delivery.position().map(|at| Position { stream: storable(&at.stream), ..at }),
+            key: delivery.key().map(storable),
+            topic: storable(&delivery.topic),
+            content_type: delivery.content_type.as_deref().map(storable),
+            headers: delivery.headers,
+            body: delivery.body,
+        }
+    }
+}
+
+const ACCEPT: &str = "select oncebox.accept($1, $2, $3, $4, $5)";
+
+/// Says whether `consumer` sees this message for the first time; call it first in the handler's transaction. `true`:
+/// do the work, commit, then acknowledge. `false`: it is done already, commit and acknowledge. If the transaction
+/// rolls back, the message was not accepted. Waits for the outcome of a twin in flight.
+///
+/// # Errors
+/// SQLSTATE `OB001` when the id is a UUIDv7 older than the dedup window and `position` is missing; 22023 for
+/// arguments that make no sense; 40001 under repeatable read when a twin committed meanwhile.
+pub async fn accept(
+    conn: &mut PgConnection,
+    consumer: &str,
+    id: MessageId,
+    position: Option<&Position>,
+) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(ACCEPT)
+        .bind(consumer)
+        .bind(id.0)
+        .bind(position.map(|at| at.source))
+        .bind(position.map(|at| at.stream.as_str()))
+        .bind(position.map(|at| at.offset))
+        .fetch_one(conn)
+        .await
+}
+
+/// What is to be done with a delivery.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reception {
+    /// First time: do the work in this transaction.
+    New,
+    /// Applied already: acknowledge.
+    Done,
+    /// Held already, waiting or parked: acknowledge.
+    Held,
+    /// An earlier message of its key waits: hold it too, then acknowledge.
+    BehindKey,
+}
+
+// CASE evaluates in order: accept runs only if nothing holds the message up. The table decides, not memory.
+const RECEIVE: &str = "
+    select case
+        when exists (select from oncebox.inbox_held as h where h.consumer = $1 and h.message_id = $2) then 'held'
+        when exists (
+            select from oncebox.inbox_held as h
+            where h.consumer = $1 and h.key = $6 and h.state = 'waiting') then 'behind_key'
+        when oncebox.accept($1, $2, $3, $4, $5) then 'new'
+        else 'done'
+    end";
+
+/// Accepts a delivery unless it is held, or `by_key` and an earlier message of its key is. Part of the handler's
+/// transaction, like [`accept`].
+pub async fn receive(
+    conn: &mut PgConnection,
+    consumer: &str,
+    message: &Received,
+    by_key: bool,
+) -> Result<Reception, sqlx::Error> {
+    let position = message.position.as_ref();
+    let answer: String = sqlx::query_scalar(RECEIVE)
+        .bind(consumer)
+        .bind(message.id.0)
+        .bind(position.map(|at| at.source))
+        .bind(position.map(|at| at.stream.as_str()))
+        .bind(position.map(|at| at.offset))
+        .bind(message.key.as_deref().filter(|_| by_key))
+        .fetch_one(conn)
+        .await?;
+    Ok(match answer.as_str() {
+        "new" => Reception::New,
+        "done" => Reception::Done,
+        "held" => Reception::Held,
+        _ => Reception::BehindKey,
+    })
+}
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[ACCEPT, RECEIVE];

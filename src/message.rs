@@ -1,0 +1,114 @@
+//! What travels: the message an app publishes, its place in a stream, and the delivery a consumer sees.
+//!
+//! Pure data. The limits of each field stand with the SQL function that enforces them, `oncebox.publish`.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use std::fmt;
+use uuid::Uuid;
+
+/// Header names the relay adds to each message; callers may not use the prefix `oncebox-`.
+pub mod header {
+    /// Which outbox the message came from: a uuid as text.
+    pub const SOURCE: &str = "oncebox-source";
+    /// The stream the message belongs to: `topic#lane`.
+    pub const STREAM: &str = "oncebox-stream";
+    /// The message's place in its stream: an int64, dense from 1.
+    pub const OFFSET: &str = "oncebox-offset";
+    /// The ordering key, when there is one.
+    pub const KEY: &str = "oncebox-key";
+}
+
+/// Identity of a message: what the inbox deduplicates by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MessageId(pub Uuid);
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl From<Uuid> for MessageId {
+    fn from(id: Uuid) -> Self {
+        Self(id)
+    }
+}
+
+/// A message header's values: strings, booleans, int64 and double numbers.
+pub type Headers = Map<String, Value>;
+
+/// A message as it lies in the outbox.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message {
+    /// What the inbox deduplicates by.
+    pub id: MessageId,
+    /// Routing key on the broker, 1 to 255 bytes.
+    pub topic: String,
+    /// Messages of one key keep their order.
+    pub key: Option<String>,
+    /// MIME type of the body.
+    pub content_type: String,
+    /// The caller's headers.
+    pub headers: Headers,
+    /// The payload, byte for byte as published.
+    pub body: Vec<u8>,
+    /// When the app published it, seconds since the Unix epoch.
+    pub published_at_s: u64,
+}
+
+/// Where a message stands in the log: the same at every redelivery.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Position {
+    /// The outbox the message came from.
+    pub source: Uuid,
+    /// `topic#lane`.
+    pub stream: String,
+    /// Dense from 1 in its stream.
+    pub offset: i64,
+}
+
+/// A message on its way to the broker.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Envelope {
+    /// What is sent.
+    pub message: Message,
+    /// Where it stands.
+    pub position: Position,
+}
+
+/// A message as a consumer receives it, from oncebox's relay or from any other producer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Delivery {
+    /// The broker's tag: valid on the subscription that delivered it, dead after a reconnect.
+    pub tag: u64,
+    /// The property `message_id` as it came; other producers may omit it or use any text.
+    pub message_id: Option<String>,
+    /// Routing key it was published with.
+    pub topic: String,
+    /// MIME type of the body, if given.
+    pub content_type: Option<String>,
+    /// Every header on the wire, the relay's own among them.
+    pub headers: Headers,
+    /// The payload.
+    pub body: Vec<u8>,
+    /// The broker delivered it before; `false` proves nothing.
+    pub redelivered: bool,
+}
+
+impl Delivery {
+    /// The place in its stream, when the relay's three headers are there and well-formed.
+    pub fn position(&self) -> Option<Position> {
+        Some(Position {
+            source: Uuid::parse_str(self.headers.get(header::SOURCE)?.as_str()?).ok()?,
+            stream: self.headers.get(header::STREAM)?.as_str()?.to_owned(),
+            offset: self.headers.get(header::OFFSET)?.as_i64().filter(|offset| *offset > 0)?,
+        })
+    }
+
+    /// The ordering key, when the producer gave one.
+    pub fn key(&self) -> Option<&str> {
+        self.headers.get(header::KEY)?.as_str()
+    }
+}

@@ -1,0 +1,213 @@
+//! Messages taken out of the log's order, one copy each in `outbox_held`.
+//!
+//! Waiting: the broker refused responsibility for them, or they follow such a message of the same key; sent again
+//! in order, a key one at a time. Parked: they need an operator, and hold up nobody. Every write names the epoch of
+//! the lease, so a relay that lost its lane changes nothing.
+
+use super::journal::LogPlace;
+use crate::db::{self, DbError};
+use crate::message::{Envelope, Headers, Message, MessageId, Position};
+use sqlx::types::Json;
+use sqlx::{PgConnection, Row};
+use std::collections::HashSet;
+use std::time::Duration;
+
+/// Waiting messages of a lane beyond which the relay reads no further: the lane waits, and its lag shows.
+pub const MAX_WAITING: i64 = 10_000;
+/// Longest wait for one of these statements.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Why a message is held.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// The broker refused responsibility; tried again after a delay.
+    Nacked {
+        /// Delay before the next attempt.
+        retry_in: Duration,
+    },
+    /// An earlier message of its key is held.
+    BehindKey,
+    /// No queue is bound for it.
+    Unroutable(String),
+    /// The broker closed the channel because of it.
+    Refused(String),
+    /// Its time had passed before it could be sent.
+    Expired,
+}
+
+impl Reason {
+    fn columns(&self) -> (&'static str, &'static str, Option<&str>, i32, f64) {
+        match self {
+            Self::Nacked { retry_in } => ("waiting", "nacked", Some("the broker nacked it"), 1, retry_in.as_secs_f64()),
+            Self::BehindKey => ("waiting", "behind_key", None, 0, 0.0),
+            Self::Unroutable(text) => ("parked", "unroutable", Some(text), 1, 0.0),
+            Self::Refused(text) => ("parked", "refused", Some(text), 1, 0.0),
+            Self::Expired => ("parked", "expired", None, 0, 0.0),
+        }
+    }
+
+    /// True when it waits for another attempt, false when it is parked.
+    pub fn waits(&self) -> bool {
+        self.columns().0 == "waiting"
+    }
+}
+
+const HOLD: &str = "
+    with lease as (
+        select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update
+    ), leaving as (
+        select * from unnest($3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::int[], $9::float8[],
+            $10::uuid[], $11::text[], $12::bigint[])
+            as l (plan_n, seq, state, reason, last_error, attempts, retry_in_s, source, stream, \"offset\")
+    ), held as (
+        insert into oncebox.outbox_held (
+            lane, seq, plan_n, state, reason, last_error, attempts, next_at, source, stream, \"offset\",
+            message_id, topic, key, content_type, headers, body, published_at, expires_at)
+        select
+            o.lane, o.seq, l.plan_n, l.state, l.reason, l.last_error, l.attempts,
+            clock_timestamp() + make_interval(secs => l.retry_in_s), l.source, l.stream, l.\"offset\",
+            o.message_id, o.topic, o.key, o.content_type, o.headers, o.body, o.published_at, o.expires_at
+        from lease
+        cross join leaving as l
+        join oncebox.outbox as o on o.lane = $1 and o.seq = l.seq
+        on conflict (lane, seq) do nothing
+    )
+    select count(*) from lease";
+
+/// Moves messages out of the log's order. On return they are durable here, and the log may settle past them.
+pub async fn hold(
+    conn: &mut PgConnection,
+    lane: i16,
+    epoch: i64,
+    leaving: &[(LogPlace, &Position, &Reason)],
+) -> Result<(), DbError> {
+    let columns: Vec<_> = leaving.iter().map(|(_, _, reason)| reason.columns()).collect();
+    let query = sqlx::query_scalar(HOLD)
+        .bind(lane)
+        .bind(epoch)
+        .bind(leaving.iter().map(|(place, ..)| place.n).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(place, ..)| place.seq).collect::<Vec<_>>())
+        .bind(columns.iter().map(|c| c.0).collect::<Vec<_>>())
+        .bind(columns.iter().map(|c| c.1).collect::<Vec<_>>())
+        .bind(columns.iter().map(|c| c.2).collect::<Vec<_>>())
+        .bind(columns.iter().map(|c| c.3).collect::<Vec<_>>())
+        .bind(columns.iter().map(|c| c.4).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, at, _)| at.source).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, at, _)| at.stream.as_str()).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, at, _)| at.offset).collect::<Vec<_>>());
+    let leases: i64 = db::bounded("holding messages", LIMIT, query.fetch_one(conn)).await?;
+    if leases == 1 { Ok(()) } else { Err(DbError::LeaseLost { lane }) }
+}
+
+/// A waiting message whose turn has come.
+#[derive(Debug, Clone)]
+pub struct Due {
+    /// Its sequence number.
+    pub seq: i64,
+    /// What is to be sent, as it would have been from the log.
+    pub envelope: Envelope,
+    /// Attempts so far.
+    pub attempts: u32,
+    /// Its time has passed.
+    pub expired: bool,
+}
+
+const DUE: &str = "
+    select h.seq, h.attempts, coalesce(h.expires_at <= clock_timestamp(), false), h.source, h.stream, h.\"offset\",
+        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint
+    from oncebox.outbox_held as h
+    where h.lane = $1 and h.state = 'waiting' and h.next_at <= clock_timestamp() and h.seq <> all($2)
+        and (h.key is null or not exists (
+            select from oncebox.outbox_held as e
+            where e.lane = h.lane and e.state = 'waiting' and e.key = h.key and e.seq < h.seq))
+    order by h.seq limit $3";
+
+/// The due messages that no earlier one of their key holds up, oldest first, without those in `sent`.
+pub async fn due(conn: &mut PgConnection, lane: i16, sent: &[i64], limit: i64) -> Result<Vec<Due>, DbError> {
+    let query = sqlx::query(DUE).bind(lane).bind(sent).bind(limit);
+    let rows = db::bounded("held messages", LIMIT, query.fetch_all(conn)).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Due {
+                seq: row.try_get(0)?,
+                attempts: row.try_get::<i32, _>(1)?.try_into().unwrap_or_default(),
+                expired: row.try_get(2)?,
+                envelope: Envelope {
+                    position: Position { source: row.try_get(3)?, stream: row.try_get(4)?, offset: row.try_get(5)? },
+                    message: Message {
+                        id: MessageId(row.try_get(6)?),
+                        topic: row.try_get(7)?,
+                        key: row.try_get(8)?,
+                        content_type: row.try_get(9)?,
+                        headers: row.try_get::<Json<Headers>, _>(10)?.0,
+                        body: row.try_get(11)?,
+                        published_at_s: row.try_get::<i64, _>(12)?.try_into().unwrap_or_default(),
+                    },
+                },
+            })
+        })
+        .collect()
+}
+
+const RELEASE: &str = "
+    delete from oncebox.outbox_held as h
+    using (select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update) as lease
+    where h.lane = lease.lane and h.seq = any($3)";
+
+/// Forgets held messages that the broker has confirmed.
+pub async fn release(conn: &mut PgConnection, lane: i16, epoch: i64, seqs: &[i64]) -> Result<(), DbError> {
+    let query = sqlx::query(RELEASE).bind(lane).bind(epoch).bind(seqs);
+    db::bounded("releasing held messages", LIMIT, query.execute(conn)).await?;
+    Ok(())
+}
+
+const RECORD: &str = "
+    update oncebox.outbox_held as h
+    set state = $4, reason = $5, last_error = $6, attempts = h.attempts + $7, changed_at = clock_timestamp(),
+        next_at = clock_timestamp() + make_interval(secs => $8)
+    from (select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update) as lease
+    where h.lane = lease.lane and h.seq = $3";
+
+/// Records another failed attempt of a held message, or parks it.
+pub async fn record(conn: &mut PgConnection, lane: i16, epoch: i64, seq: i64, reason: &Reason) -> Result<(), DbError> {
+    let (state, name, error, attempts, retry_in_s) = reason.columns();
+    let query = sqlx::query(RECORD)
+        .bind(lane)
+        .bind(epoch)
+        .bind(seq)
+        .bind(state)
+        .bind(name)
+        .bind(error)
+        .bind(attempts)
+        .bind(retry_in_s);
+    db::bounded("recording an attempt", LIMIT, query.execute(conn)).await?;
+    Ok(())
+}
+
+const WAITING: &str = "
+    select key, count(*) from oncebox.outbox_held
+    where lane = $1 and state = 'waiting'
+    group by key order by key";
+
+/// How many messages wait, and for which keys.
+pub async fn waiting(conn: &mut PgConnection, lane: i16) -> Result<(i64, HashSet<String>), DbError> {
+    let query = sqlx::query_as::<_, (Option<String>, i64)>(WAITING).bind(lane);
+    let rows = db::bounded("waiting keys", LIMIT, query.fetch_all(conn)).await?;
+    let count = rows.iter().map(|(_, count)| count).sum();
+    Ok((count, rows.into_iter().filter_map(|(key, _)| key).collect()))
+}
+
+const HELD_BEYOND: &str = "
+    select plan_n, seq from oncebox.outbox_held
+    where lane = $1 and (plan_n, seq) > ($2, $3)
+    order by plan_n, seq";
+
+/// Places beyond `settled` that are held already: a replay passes over them.
+pub async fn held_beyond(conn: &mut PgConnection, lane: i16, settled: LogPlace) -> Result<HashSet<LogPlace>, DbError> {
+    let query = sqlx::query_as(HELD_BEYOND).bind(lane).bind(settled.n).bind(settled.seq);
+    let rows: Vec<(i64, i64)> = db::bounded("held places", LIMIT, query.fetch_all(conn)).await?;
+    Ok(rows.into_iter().map(|(n, seq)| LogPlace { n, seq }).collect())
+}
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[HOLD, DUE, RELEASE, RECORD, WAITING, HELD_BEYOND];

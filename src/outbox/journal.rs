@@ -1,0 +1,236 @@
+//! The journal: which snapshot windows were opened on a lane, so that every relay reads the same ones again.
+//!
+//! Window `n` holds what is visible in the snapshot `s2` of plan `n` and was not in its `s1`, the `s2` of plan
+//! `n - 1`. A plan is committed, flushed and replicated before anything of its window is published: its commit
+//! record lies behind those of all rows it covers. Plans are only ever inserted.
+
+use super::offsets::Offsets;
+use crate::db::{self, DbError};
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row};
+use std::collections::VecDeque;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Every so many plans one records all counters, so that a take-over reads at most this many.
+pub const KEYFRAME_EVERY: i64 = 1_000;
+/// Longest wait for one of these statements.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// One window, as recorded. Snapshots and xids travel as the text Postgres prints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Which lane.
+    pub lane: i16,
+    /// Number of the window, dense from 0.
+    pub n: i64,
+    /// The source its messages carry.
+    pub source: Uuid,
+    /// Snapshot before.
+    pub s1: String,
+    /// Transaction that recorded `s1`.
+    pub p1: String,
+    /// Last value of the sequence, read before `p1` was assigned.
+    pub q1: i64,
+    /// Snapshot after.
+    pub s2: String,
+    /// Transaction that recorded `s2`.
+    pub p2: String,
+    /// Last value of the sequence, read before `p2` was assigned.
+    pub q2: i64,
+}
+
+/// A place in the log: the window, and the sequence number in it up to which everything is read, or settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LogPlace {
+    /// Number of the window.
+    pub n: i64,
+    /// Sequence number.
+    pub seq: i64,
+}
+
+/// A plan with the counters recorded at its start.
+#[derive(Debug, Clone)]
+pub struct RecordedPlan {
+    /// The window.
+    pub plan: Plan,
+    /// Streams whose counters it records.
+    pub streams: Vec<String>,
+    /// Their counters.
+    pub bases: Vec<i64>,
+}
+
+/// Where a relay that takes a lane over goes on.
+#[derive(Debug)]
+pub struct Resume {
+    /// Everything up to here is confirmed, held or parked.
+    pub settled: LogPlace,
+    /// The windows from the settled one to the newest, which is never missing.
+    pub plans: VecDeque<RecordedPlan>,
+    /// Counters at the start of the first of them.
+    pub offsets: Offsets,
+}
+
+// Settled places are saved with every plan and, when none is made for a while, with the lease.
+const NEWEST: &str = "
+    select p.n, s.n, s.seq,
+        (select max(k.n) from oncebox.outbox_plan as k where k.lane = $1 and k.keyframe and k.n <= s.n)
+    from (
+        select n, settled_n, settled_seq from oncebox.outbox_plan where lane = $1 order by n desc limit 1
+    ) as p
+    join oncebox.outbox_lease as l on l.lane = $1
+    cross join lateral (
+        select n, seq from (values (p.settled_n, p.settled_seq), (l.settled_n, l.settled_seq)) as v (n, seq)
+        order by n desc, seq desc limit 1
+    ) as s";
+
+const SINCE: &str = "
+    select n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases
+    from oncebox.outbox_plan
+    where lane = $1 and n between $2 and $3
+    order by n";
+
+/// Reads where the lane stands.
+pub async fn resume(conn: &mut PgConnection, lane: i16) -> Result<Resume, DbError> {
+    let broken = |n: i64, reason: &str| DbError::JournalBroken { lane, n, reason: reason.to_owned() };
+    let newest = sqlx::query(NEWEST).bind(lane).fetch_optional(&mut *conn);
+    let newest = db::bounded("the newest plan", LIMIT, newest).await?;
+    let newest = newest.ok_or_else(|| broken(0, "the first plan is missing"))?;
+    let (tail, settled): (i64, _) = (newest.try_get(0)?, LogPlace { n: newest.try_get(1)?, seq: newest.try_get(2)? });
+    let keyframe: Option<i64> = newest.try_get(3)?;
+    let keyframe = keyframe.ok_or_else(|| broken(settled.n, "no plan up to here records all counters"))?;
+
+    let rows = sqlx::query(SINCE).bind(lane).bind(keyframe).bind(tail).fetch_all(conn);
+    let rows = db::bounded("the plans", LIMIT, rows).await?;
+    let mut offsets = Offsets::new(lane);
+    let mut plans = VecDeque::new();
+    for (expected, row) in (keyframe..).zip(&rows) {
+        let recorded = recorded(lane, row)?;
+        if recorded.plan.n != expected {
+            return Err(broken(expected, "the plan is missing"));
+        }
+        if recorded.plan.n <= settled.n {
+            offsets.apply(&recorded.streams, &recorded.bases);
+        }
+        if recorded.plan.n >= settled.n {
+            plans.push_back(recorded);
+        }
+    }
+    if plans.is_empty() {
+        return Err(broken(settled.n, "the settled plan is missing"));
+    }
+    Ok(Resume { settled, plans, offsets })
+}
+
+fn recorded(lane: i16, row: &PgRow) -> Result<RecordedPlan, DbError> {
+    Ok(RecordedPlan {
+        plan: Plan {
+            lane,
+            n: row.try_get(0)?,
+            source: row.try_get(1)?,
+            s1: row.try_get(2)?,
+            p1: row.try_get(3)?,
+            q1: row.try_get(4)?,
+            s2: row.try_get(5)?,
+            p2: row.try_get(6)?,
+            q2: row.try_get(7)?,
+        },
+        streams: row.try_get(8)?,
+        bases: row.try_get(9)?,
+    })
+}
+
+/// What a look beyond the newest plan found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// Last value of the sequence: to be handed to [`append`], whose transaction begins after this one.
+    pub q: i64,
+    /// There are rows that the next window would hold.
+    pub found: bool,
+}
+
+// An unused sequence says last_value 1 before it gives out 1.
+const PROBE: &str = concat!(
+    "with recursive ",
+    open_then!("$2", "$3"),
+    "select
+        (select case when is_called then last_value else last_value - 1 end from oncebox.outbox_seq),
+        exists (
+            select from oncebox.outbox as o
+            where o.lane = $1 and o.seq > $4 and not pg_visible_in_snapshot(o.xid, $2::text::pg_snapshot)
+            order by o.seq limit 1)
+        or exists (
+            select from open_then as t cross join lateral (
+                select from oncebox.outbox as o
+                where o.lane = $1 and o.xid = t.xid and o.seq <= $4
+                order by o.seq limit 1) as o
+            where pg_visible_in_snapshot(t.xid, pg_current_snapshot()))"
+);
+
+/// Looks whether anything was committed beyond the newest plan. Cheap: idle relays live on it.
+pub async fn probe(conn: &mut PgConnection, newest: &Plan) -> Result<Probe, DbError> {
+    let query = sqlx::query(PROBE).bind(newest.lane).bind(&newest.s2).bind(&newest.p2).bind(newest.q2);
+    let row = db::bounded("a probe", LIMIT, query.fetch_one(conn)).await?;
+    Ok(Probe { q: row.try_get(0)?, found: row.try_get(1)? })
+}
+
+// The lease row is locked, so that a take-over waits for this commit or makes it insert nothing. One statement, one
+// round trip: a process frozen here holds no lock. Its snapshot is taken before its xid.
+const APPEND: &str = "
+    with lease as (
+        select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update
+    )
+    insert into oncebox.outbox_plan (
+        lane, n, source, s1, p1, q1, s2, p2, q2, settled_n, settled_seq, keyframe, streams, bases, planned_at)
+    select
+        p.lane, p.n + 1, p.source, p.s2, p.p2, p.q2, pg_current_snapshot(), pg_current_xact_id(), $4,
+        $5, $6, $7, $8, $9, clock_timestamp()
+    from lease join oncebox.outbox_plan as p on p.lane = lease.lane
+    where p.n = $3
+    returning n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases";
+
+/// What a new plan records besides its window.
+#[derive(Debug)]
+pub struct PlanRecord {
+    /// From a [`Probe`] that was answered before.
+    pub q: i64,
+    /// How far everything is settled.
+    pub settled: LogPlace,
+    /// `streams` and `bases` hold every stream.
+    pub keyframe: bool,
+    /// Streams whose counters are recorded.
+    pub streams: Vec<String>,
+    /// Offset the next message of each of them gets.
+    pub bases: Vec<i64>,
+}
+
+/// Opens the window after `newest`. On return it is durable as far as Postgres was asked to make commits durable,
+/// and with it every row it covers: they may be published.
+///
+/// # Errors
+/// [`DbError::LeaseLost`] when another relay holds the lane: publish nothing more. [`DbError::FenceBroken`] when the
+/// standby did not confirm: the plan stands, but publish nothing before a later fence.
+pub async fn append(conn: &mut PgConnection, epoch: i64, newest: &Plan, record: &PlanRecord) -> Result<Plan, DbError> {
+    let lost = DbError::LeaseLost { lane: newest.lane };
+    let query = sqlx::query(APPEND)
+        .bind(newest.lane)
+        .bind(epoch)
+        .bind(newest.n)
+        .bind(record.q)
+        .bind(record.settled.n)
+        .bind(record.settled.seq)
+        .bind(record.keyframe)
+        .bind(&record.streams)
+        .bind(&record.bases);
+    let inserted = db::fenced(db::bounded("a plan", LIMIT, query.fetch_optional(conn))).await;
+    match inserted {
+        Ok(Some(row)) => Ok(recorded(newest.lane, &row)?.plan),
+        Ok(None) => Err(lost),
+        // Somebody else appended plan n + 1.
+        Err(DbError::Sqlx(error)) if db::sqlstate(&error).as_deref() == Some("23505") => Err(lost),
+        Err(error) => Err(error),
+    }
+}
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[NEWEST, SINCE, PROBE, APPEND];

@@ -1,0 +1,323 @@
+//! Publishes a lane's messages in order of their keys and settles what becomes of each.
+//!
+//! One task owns the publisher and every decision about an outcome. A session with the broker that fails is
+//! replaced, and what had no outcome is sent again; a message that made the broker close the channel is found by
+//! sending the suspects one at a time.
+
+use super::lookahead::{Item, Lookahead, Ticket};
+use super::{RelayError, RelayOptions};
+use crate::backoff::Backoff;
+use crate::broker::{Broker, BrokerError, Outcome, Publisher};
+use crate::db::DbError;
+use crate::failpoints;
+use crate::outbox::held::{self, Due, Reason};
+use crate::outbox::journal::LogPlace;
+use crate::outbox::lease::Lease;
+use sqlx::PgConnection;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+/// Messages read ahead of the first unsettled one: enough that a few busy keys do not starve the broker.
+const LOOK_AHEAD: usize = 10_000;
+/// Bytes of bodies kept in it.
+const LOOK_AHEAD_BYTES: usize = 64 << 20;
+/// How often held messages are looked at while some wait, and how often when none is known to (an operator may have
+/// set one to waiting).
+const HELD_EVERY: Duration = Duration::from_millis(100);
+const HELD_IDLE_EVERY: Duration = Duration::from_secs(1);
+/// Held messages sent at a time.
+const HELD_BATCH: i64 = 500;
+/// Tickets of held messages have this bit, which no ordinal of the log reaches.
+const HELD_TICKET: Ticket = 1 << 63;
+/// Delay before a nacked message is sent again.
+const NACK_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(10) };
+/// Delay before a new session with the broker.
+const SESSION_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
+/// The channel was closed because of a message, not of the broker's state: precondition failed, content too large.
+const REFUSALS: [u16; 2] = [406, 311];
+
+pub(crate) struct Publishing<'a, B> {
+    pub broker: &'a B,
+    pub options: &'a RelayOptions,
+    pub conn: PgConnection,
+    pub lease: watch::Receiver<Lease>,
+    pub items: mpsc::Receiver<Vec<Item>>,
+    pub settled: watch::Sender<LogPlace>,
+    /// Cancelled: take no more from the log, wait for what is in flight, end.
+    pub drain: CancellationToken,
+    /// Places that are held already.
+    pub already_held: HashSet<LogPlace>,
+    pub lookahead: Lookahead,
+    /// Held messages that wait, as of the last look.
+    pub waiting: i64,
+}
+
+/// What one lane's publishing keeps between sessions.
+#[derive(Default)]
+struct Held {
+    in_flight: HashMap<Ticket, Due>,
+    next_ticket: Ticket,
+    next_look: Option<Instant>,
+}
+
+impl<B: Broker> Publishing<'_, B> {
+    /// Publishes until drained; the messages still unsettled then are left to the next relay.
+    pub async fn run(mut self) -> Result<(), RelayError> {
+        let mut held = Held { next_ticket: HELD_TICKET, ..Held::default() };
+        let mut suspects = BTreeSet::new();
+        let mut failures = 0;
+        loop {
+            if self.drain.is_cancelled() {
+                return Ok(());
+            }
+            let error = match self.broker.publisher(&self.options.exchange).await {
+                Ok(mut publisher) => {
+                    let before = (self.lookahead.settled(), Instant::now());
+                    match self.session(&mut publisher, &mut held, &mut suspects).await {
+                        Ok(()) => {
+                            publisher.close().await;
+                            return Ok(());
+                        }
+                        Err(RelayError::Broker(error)) => {
+                            if self.lookahead.settled() > before.0 || before.1.elapsed() > SESSION_BACKOFF.cap {
+                                failures = 0;
+                            }
+                            self.after_session(&error, &mut held, &mut suspects).await?;
+                            error
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Err(error) => error,
+            };
+            failures += 1;
+            let delay = SESSION_BACKOFF.jittered(failures);
+            if error.is_transient() {
+                tracing::warn!(%error, ?delay, "no session with the broker");
+            } else {
+                tracing::error!(%error, ?delay, "no session with the broker until this is mended");
+            }
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.drain.cancelled() => {}
+            }
+        }
+    }
+
+    /// Everything in flight is unsent again. If it was one message alone that made the broker close the channel,
+    /// it is parked; if it was one of several, they become suspects.
+    async fn after_session(
+        &mut self,
+        error: &BrokerError,
+        held: &mut Held,
+        suspects: &mut BTreeSet<Ticket>,
+    ) -> Result<(), RelayError> {
+        let refused = match error {
+            BrokerError::ChannelClosed { code, .. } if REFUSALS.contains(code) => Some(error.to_string()),
+            _ => None,
+        };
+        let held_in_flight: Vec<Due> = held.in_flight.drain().map(|(_, due)| due).collect();
+        if let Some(text) = refused {
+            match (self.lookahead.in_flight().as_slice(), held_in_flight.as_slice()) {
+                ([alone], []) => {
+                    tracing::error!(error = text, "the broker refuses a message: parked");
+                    suspects.remove(alone);
+                    self.lookahead.take_out(*alone, Reason::Refused(text));
+                }
+                ([], [alone]) => {
+                    let lease = *self.lease.borrow();
+                    held::record(&mut self.conn, lease.lane, lease.epoch, alone.seq, &Reason::Refused(text)).await?;
+                }
+                (several, _) => suspects.extend(several),
+            }
+        }
+        self.lookahead.unsend();
+        Ok(())
+    }
+
+    async fn session(
+        &mut self,
+        publisher: &mut B::Publisher,
+        held: &mut Held,
+        suspects: &mut BTreeSet<Ticket>,
+    ) -> Result<(), RelayError> {
+        let mut outcomes = Vec::new();
+        let mut blocked = false;
+        let mut open = true;
+        loop {
+            if publisher.is_blocked() != blocked {
+                blocked = publisher.is_blocked();
+                tracing::warn!(
+                    blocked,
+                    lane = self.lease.borrow().lane,
+                    "the broker changed its mind about publishers"
+                );
+            }
+            if !blocked && self.may_publish() {
+                self.send(publisher, held, suspects).await?;
+            }
+            self.write_leaving(held).await?;
+            self.settled.send_if_modified(|place| {
+                let newer = self.lookahead.settled() > *place;
+                *place = self.lookahead.settled().max(*place);
+                newer
+            });
+            if self.drain.is_cancelled() && publisher.unconfirmed() == 0 {
+                return Ok(());
+            }
+
+            let room = self.lookahead.len() < LOOK_AHEAD
+                && self.lookahead.bytes() < LOOK_AHEAD_BYTES
+                && self.waiting < held::MAX_WAITING;
+            let look = held.next_look.unwrap_or_else(Instant::now);
+            tokio::select! {
+                result = publisher.outcomes(&mut outcomes), if publisher.unconfirmed() > 0 => {
+                    result?;
+                    self.settle(&mut outcomes, held, suspects).await?;
+                    failpoints::pass("relay.confirmed");
+                }
+                items = self.items.recv(), if open && room && !self.drain.is_cancelled() => match items {
+                    Some(items) => self.take_in(items),
+                    None => open = false,
+                },
+                () = tokio::time::sleep_until(look.into()), if !self.drain.is_cancelled() => {
+                    if blocked || !suspects.is_empty() || !self.may_publish() {
+                        held.next_look = Some(Instant::now() + HELD_EVERY);
+                    } else {
+                        self.send_held(publisher, held).await?;
+                    }
+                }
+                () = self.drain.cancelled(), if !self.drain.is_cancelled() => {}
+            }
+        }
+    }
+
+    /// The lease must outlive the moment of sending by this process's own clock.
+    fn may_publish(&self) -> bool {
+        !self.drain.is_cancelled() && Instant::now() < self.lease.borrow().valid_until
+    }
+
+    fn take_in(&mut self, items: Vec<Item>) {
+        for item in items {
+            if self.already_held.remove(&item.place) {
+                self.lookahead.push_settled(item);
+            } else {
+                self.lookahead.push(item);
+            }
+        }
+    }
+
+    async fn send(
+        &mut self,
+        publisher: &mut B::Publisher,
+        held: &Held,
+        suspects: &mut BTreeSet<Ticket>,
+    ) -> Result<(), RelayError> {
+        let mut sent = 0;
+        // Suspects come first, alone, and so does whatever else has its turn until the last of them is settled.
+        while publisher.capacity() > 0 && (suspects.is_empty() || publisher.unconfirmed() == 0) {
+            let Some(ticket) = self.lookahead.next() else { break };
+            let item = self.lookahead.item(ticket);
+            if item.expires.is_some_and(|at| at <= Instant::now()) {
+                suspects.remove(&ticket);
+                self.lookahead.take_out(ticket, Reason::Expired);
+                continue;
+            }
+            publisher.publish(ticket, &item.envelope).await?;
+            sent += 1;
+        }
+        if sent > 0 || !held.in_flight.is_empty() {
+            failpoints::pass("relay.published");
+        }
+        if self.lookahead.is_waiting() || !suspects.is_empty() {
+            publisher.flush();
+        }
+        Ok(())
+    }
+
+    async fn settle(
+        &mut self,
+        outcomes: &mut Vec<(Ticket, Outcome)>,
+        held: &mut Held,
+        suspects: &mut BTreeSet<Ticket>,
+    ) -> Result<(), RelayError> {
+        let lease = *self.lease.borrow();
+        let mut released = Vec::new();
+        for (ticket, outcome) in outcomes.drain(..) {
+            suspects.remove(&ticket);
+            let attempt = held.in_flight.get(&ticket).map_or(1, |due| due.attempts + 1);
+            let reason = match outcome {
+                Outcome::Confirmed => None,
+                Outcome::Nacked => Some(Reason::Nacked { retry_in: NACK_BACKOFF.jittered(attempt) }),
+                Outcome::Returned { code, text } => Some(Reason::Unroutable(format!("{code} {text}"))),
+            };
+            match (held.in_flight.remove(&ticket), reason) {
+                (None, None) => self.lookahead.confirm(ticket),
+                (None, Some(reason)) => self.lookahead.take_out(ticket, reason),
+                (Some(due), None) => released.push(due.seq),
+                (Some(due), Some(reason)) => {
+                    held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &reason).await?;
+                }
+            }
+        }
+        if !released.is_empty() {
+            held::release(&mut self.conn, lease.lane, lease.epoch, &released).await?;
+            // The next of their keys may go at once.
+            held.next_look = None;
+        }
+        Ok(())
+    }
+
+    /// Writes what left the log's order to the held messages; only then may the log settle past it.
+    async fn write_leaving(&mut self, held: &mut Held) -> Result<(), DbError> {
+        if self.lookahead.leaving().len() == 0 {
+            return Ok(());
+        }
+        let lease = *self.lease.borrow();
+        let leaving: Vec<_> =
+            self.lookahead.leaving().map(|(item, reason)| (item.place, &item.envelope.position, reason)).collect();
+        for (place, position, reason) in leaving.iter().filter(|(.., reason)| !reason.waits()) {
+            tracing::warn!(stream = position.stream, offset = position.offset, seq = place.seq, ?reason, "parked");
+        }
+        let waits = leaving.iter().filter(|(.., reason)| reason.waits()).count();
+        held::hold(&mut self.conn, lease.lane, lease.epoch, &leaving).await?;
+        failpoints::pass("relay.held");
+        self.lookahead.left();
+        if waits > 0 {
+            self.waiting += waits as i64;
+            held.next_look = held.next_look.map(|look| look.min(Instant::now() + HELD_EVERY));
+        }
+        Ok(())
+    }
+
+    /// Sends the held messages whose turn has come, and forgets keys of which none is held any more.
+    async fn send_held(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<(), RelayError> {
+        let lease = *self.lease.borrow();
+        self.write_leaving(held).await?;
+        let (waiting, keys) = held::waiting(&mut self.conn, lease.lane).await?;
+        self.waiting = waiting;
+        self.lookahead.keep_held_keys(keys);
+        let sent: Vec<i64> = held.in_flight.values().map(|due| due.seq).collect();
+        let room = HELD_BATCH.min(publisher.capacity() as i64);
+        let due = if waiting == 0 || room == 0 {
+            Vec::new()
+        } else {
+            held::due(&mut self.conn, lease.lane, &sent, room).await?
+        };
+        for due in due {
+            if due.expired {
+                held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &Reason::Expired).await?;
+                continue;
+            }
+            let ticket = held.next_ticket;
+            held.next_ticket += 1;
+            publisher.publish(ticket, &due.envelope).await?;
+            held.in_flight.insert(ticket, due);
+        }
+        publisher.flush();
+        held.next_look = Some(Instant::now() + if waiting > 0 { HELD_EVERY } else { HELD_IDLE_EVERY });
+        Ok(())
+    }
+}

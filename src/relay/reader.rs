@@ -1,0 +1,183 @@
+//! Reads a lane's windows in order, gives every message its place in its stream, and opens new windows.
+//!
+//! It runs ahead of publishing by a bounded channel. It alone writes to the journal, and with each plan it records how
+//! far publishing has settled.
+
+use super::lookahead::Item;
+use crate::db::{DbError, bounded};
+use crate::failpoints;
+use crate::message::{Envelope, Position};
+use crate::outbox::journal::{self, LogPlace, Plan, PlanRecord, RecordedPlan, Resume};
+use crate::outbox::offsets::Offsets;
+use crate::outbox::window::{self, LogRow};
+use sqlx::PgConnection;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+
+/// Rows of one read: large enough that a read costs little a row, small enough to start publishing soon.
+const PAGE_ROWS: i64 = 2_500;
+/// Bytes of bodies after which a read stops.
+const PAGE_BYTES: usize = 8 << 20;
+/// Looks while messages come: half of the latency a message sees here.
+const POLL_BUSY: Duration = Duration::from_millis(2);
+/// Looks when nothing has come for a while.
+const POLL_IDLE: Duration = Duration::from_millis(25);
+/// How long after the last message looks stay frequent.
+const BUSY_FOR: Duration = Duration::from_millis(250);
+/// Numbers taken without a visible row (open or rolled-back transactions), or a slow look, after which a new plan
+/// moves the place where looks begin.
+const REBASE_NUMBERS: i64 = 5_000;
+const REBASE_SLOW: Duration = Duration::from_millis(20);
+/// How often at most.
+const REBASE_EVERY: Duration = Duration::from_secs(1);
+/// How often due messages of the schedule are moved into the log.
+const SCHEDULE_EVERY: Duration = Duration::from_millis(250);
+const SCHEDULE_BATCH: i32 = 500;
+
+const RELEASE_DUE: &str = "select oncebox.outbox_release_due($1)";
+
+/// Every statement of this file, for the test that prepares them all.
+pub(crate) const STATEMENTS: &[&str] = &[RELEASE_DUE];
+
+/// Reads one lane for as long as its lease lasts.
+pub(crate) struct Reader {
+    conn: PgConnection,
+    epoch: i64,
+    offsets: Offsets,
+    /// Windows that are recorded but not read to their end; never empty but for the moment a new one is opened.
+    ahead: VecDeque<RecordedPlan>,
+    /// The newest plan.
+    newest: Plan,
+    /// How far the first of `ahead` is read.
+    read_upto: i64,
+    settled: watch::Receiver<LogPlace>,
+    items: mpsc::Sender<Vec<Item>>,
+}
+
+impl Reader {
+    /// Goes on where the journal says. Passes over what is settled in the middle of a window without sending it.
+    pub async fn resume(
+        mut conn: PgConnection,
+        epoch: i64,
+        resume: Resume,
+        settled: watch::Receiver<LogPlace>,
+        items: mpsc::Sender<Vec<Item>>,
+    ) -> Result<Self, DbError> {
+        let Resume { settled: from, plans, mut offsets } = resume;
+        let first = plans.front().expect("a resume holds the settled plan").plan.clone();
+        let newest = plans.back().expect("a resume holds the newest plan").plan.clone();
+        for (topic, count) in window::count_upto(&mut conn, &first, from.seq).await? {
+            offsets.skip(&topic, count);
+        }
+        Ok(Self { conn, epoch, offsets, ahead: plans, newest, read_upto: from.seq, settled, items })
+    }
+
+    /// Reads until an error, or until nobody takes the messages any more.
+    pub async fn run(mut self) -> Result<(), DbError> {
+        let mut limit = PAGE_ROWS;
+        let mut last_row = Instant::now();
+        let mut last_plan = Instant::now();
+        let mut last_release = None;
+        loop {
+            while let Some(current) = self.ahead.front() {
+                let plan = current.plan.clone();
+                let page = window::read(&mut self.conn, &plan, self.read_upto, limit, PAGE_BYTES).await?;
+                failpoints::pass("relay.window_read");
+                limit = next_limit(&page.rows);
+                if let Some(row) = page.rows.last() {
+                    self.read_upto = row.place.seq;
+                    last_row = Instant::now();
+                    let items = page.rows.into_iter().map(|row| self.place(&plan, row)).collect();
+                    if self.items.send(items).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                if page.last {
+                    self.next_window()?;
+                }
+            }
+
+            if self.newest.lane == 0 && last_release.is_none_or(|at: Instant| at.elapsed() >= SCHEDULE_EVERY) {
+                last_release = Some(Instant::now());
+                self.release_due().await?;
+            }
+
+            let looked = Instant::now();
+            let probe = journal::probe(&mut self.conn, &self.newest).await?;
+            let unseen = probe.q - self.newest.q2 >= REBASE_NUMBERS || looked.elapsed() >= REBASE_SLOW;
+            let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
+            if probe.found || rebase {
+                self.open_window(probe.q).await?;
+                last_plan = Instant::now();
+            } else if self.items.is_closed() {
+                return Ok(());
+            } else {
+                tokio::time::sleep(poll_delay(last_row.elapsed())).await;
+            }
+        }
+    }
+
+    fn place(&mut self, plan: &Plan, row: LogRow) -> Item {
+        let (stream, offset) = self.offsets.assign(&row.message.topic);
+        let position = Position { source: plan.source, stream, offset };
+        Item { place: row.place, envelope: Envelope { message: row.message, position }, expires: row.expires }
+    }
+
+    /// The first window is read to its end. On a replay the next plan must agree with what was counted.
+    fn next_window(&mut self) -> Result<(), DbError> {
+        self.ahead.pop_front();
+        self.read_upto = 0;
+        if let Some(next) = self.ahead.front()
+            && let Some(stream) = self.offsets.contradiction(&next.streams, &next.bases)
+        {
+            return Err(DbError::JournalBroken {
+                lane: next.plan.lane,
+                n: next.plan.n,
+                reason: format!("the offsets of stream \"{stream}\" differ from those recorded"),
+            });
+        }
+        Ok(())
+    }
+
+    /// Commits the next plan; nothing of its window has been read before it is durable.
+    async fn open_window(&mut self, q: i64) -> Result<(), DbError> {
+        let settled = *self.settled.borrow();
+        let keyframe = (self.newest.n + 1) % journal::KEYFRAME_EVERY == 0;
+        let (streams, bases) = if keyframe { self.offsets.take_keyframe() } else { self.offsets.take_delta() };
+        let record = PlanRecord { q, settled, keyframe, streams, bases };
+        let plan = journal::append(&mut self.conn, self.epoch, &self.newest, &record).await?;
+        failpoints::pass("relay.planned");
+        self.newest = plan.clone();
+        self.ahead.push_back(RecordedPlan { plan, streams: record.streams, bases: record.bases });
+        Ok(())
+    }
+
+    async fn release_due(&mut self) -> Result<(), DbError> {
+        loop {
+            let query = sqlx::query_scalar(RELEASE_DUE).bind(SCHEDULE_BATCH).fetch_one(&mut self.conn);
+            let released: i32 = bounded("the schedule", Duration::from_secs(20), query).await?;
+            if released < SCHEDULE_BATCH {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Aims at [`PAGE_BYTES`] by the size of the last page's bodies.
+fn next_limit(rows: &[LogRow]) -> i64 {
+    let bytes: usize = rows.iter().map(|row| row.message.body.len()).sum();
+    match bytes.checked_div(rows.len()) {
+        None | Some(0) => PAGE_ROWS,
+        Some(mean) => ((PAGE_BYTES / mean) as i64).clamp(16, PAGE_ROWS),
+    }
+}
+
+fn poll_delay(since_last_row: Duration) -> Duration {
+    if since_last_row < BUSY_FOR {
+        return POLL_BUSY;
+    }
+    // From one pace to the other within a second, so that the first messages after a pause wait little.
+    let calm = (since_last_row - BUSY_FOR).as_secs_f64().min(1.0);
+    POLL_BUSY + (POLL_IDLE - POLL_BUSY).mul_f64(calm)
+}

@@ -1,0 +1,4 @@
+//! Tests on real servers, one binary: `support` starts private nodes and processes, each other file is a behaviour.
+
+mod support;
+mod window;
