@@ -1,4 +1,5 @@
 //! Tests on real servers, one binary: `support` starts private nodes and processes, each other file is a behaviour.
 
+mod relay;
 mod support;
 mod window;

@@ -6,6 +6,7 @@
 
 pub mod process;
 pub mod rabbit;
+pub mod storm;
 pub mod wire;
 
 pub use process::Process;

@@ -34,6 +34,23 @@ impl Tap {
         tap
     }
 
+    /// A tap whose queue nacks beyond so many messages, until they are read.
+    pub async fn limited(lab: &Lab, name: &str, bindings: &[&str], room: u32) -> Self {
+        let policy = format!(r#"{{"max-length": {room}, "overflow": "reject-publish"}}"#);
+        let set = ["set_policy", "-p", &lab.name, name, &format!("^{name}$"), &policy, "--apply-to", "queues"];
+        lab.rabbit.ctl(&set).await.expect("a policy");
+        Self::bound(lab, name, bindings).await
+    }
+
+    /// Whether its queue holds anything.
+    pub async fn has_messages(&self, lab: &Lab) -> bool {
+        let list = ["list_queues", "-p", &lab.name, "--quiet", "--no-table-headers", "name", "messages"];
+        let listing = lab.rabbit.ctl(&list).await.expect("rabbitmqctl answers");
+        listing.lines().any(|line| {
+            line.split_once('\t').is_some_and(|(name, count)| name == self.queue.name && count.trim() != "0")
+        })
+    }
+
     /// Reads until `distinct` different messages were seen and nothing more comes for a moment.
     pub async fn read(&self, distinct: usize) -> Wire {
         let began = Instant::now();
