@@ -1,5 +1,6 @@
 //! Tests on real servers, one binary: `support` starts private nodes and processes, each other file is a behaviour.
 
+mod consumer;
 mod relay;
 mod support;
 mod window;
