@@ -1,0 +1,125 @@
+//! Goal: whichever named step of the protocol relay or consumer die at, every message is applied exactly once, in the
+//! order of its key, and nothing is left behind.
+
+use crate::support::{Lab, Process, eventually_number};
+use oncebox::failpoints;
+use std::collections::HashMap;
+
+const SCHEMA: &str = "
+    create schema shop;
+    create table shop.effect (n bigserial primary key, key text, number bigint);
+    create sequence shop.calls;
+    create function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
+    language plpgsql as $$
+    begin
+        -- A sequence is not rolled back: every seventh call fails, so that retries are on the way too.
+        if nextval('shop.calls') % 7 = 0 then raise exception 'every seventh call fails'; end if;
+        insert into shop.effect (key, number) values (headers ->> 'oncebox-key', (payload ->> 'n')::bigint);
+    end
+    $$;";
+
+const CONFIG: &str = r#"
+[[consumer]]
+name = "shop"
+bindings = ["order.#"]
+handler = { sql = "shop.on_message" }
+concurrency = 3
+backoff_initial = "20ms"
+backoff_cap = "50ms"
+max_attempts = 1000
+"#;
+
+const COUNT: i64 = 240;
+
+fn armed(lab: &Lab, args: &[&str], failpoint: &str, hit: u32) -> Process {
+    let mut command = lab.command(args);
+    command.env("ONCEBOX_FAILPOINT", format!("{failpoint}={hit}"));
+    Process::spawn(command)
+}
+
+/// Publishes, lets a process die at the failpoint, starts an ordinary one, and holds the effects against the input.
+async fn die_at(failpoint: &str, hit: u32) {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    let config = lab.config(CONFIG);
+    let consume = ["consume", "--config", config.as_str()];
+    // The queue must be there before the first message.
+    let mut consumer = lab.consume(&config).await;
+    let mut relay;
+    // A message that cannot be routed goes the way of those that leave the log's order.
+    let publish = format!(
+        "select oncebox.publish(case when i % 40 = 0 then 'nobody' else 'order.placed' end,
+            jsonb_build_object('n', i), key => 'k' || i % 5)
+        from generate_series(1, {COUNT}) as i"
+    );
+    if failpoint.starts_with("relay.") {
+        let mut doomed = armed(&lab, &["relay"], failpoint, hit);
+        doomed.wait_for_log("relay started").await;
+        lab.sql(&publish).await;
+        if failpoint == "relay.before_release" {
+            doomed.wait_for_log("lane resumed").await;
+            doomed.signal("TERM");
+        }
+        let status = doomed.end().await;
+        assert!(doomed.log().contains(&format!("failpoint {failpoint}")), "{status}: {}", doomed.log());
+        lab.sql("update oncebox.outbox_lease set expires_at = '-infinity'").await;
+        relay = lab.relay().await;
+    } else {
+        consumer.kill9();
+        let mut doomed = armed(&lab, &consume, failpoint, hit);
+        doomed.wait_for_log("consuming").await;
+        relay = lab.relay().await;
+        lab.sql(&publish).await;
+        let status = doomed.end().await;
+        assert!(doomed.log().contains(&format!("failpoint {failpoint}")), "{status}: {}", doomed.log());
+        consumer = lab.consume(&config).await;
+    }
+    let routed = COUNT - COUNT / 40;
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from shop.effect", routed).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.inbox_held", 0).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_held where state = 'parked'", COUNT / 40).await;
+    let rows: Vec<(String, i64)> =
+        sqlx::query_as("select key, number from shop.effect order by n").fetch_all(&mut conn).await.expect("reads");
+    let mut effects: HashMap<String, Vec<i64>> = HashMap::new();
+    for (key, number) in rows {
+        effects.entry(key).or_default().push(number);
+    }
+    for key in 0..5 {
+        let expected: Vec<i64> = (1..=COUNT).filter(|n| n % 5 == key && n % 40 != 0).collect();
+        assert_eq!(effects[&format!("k{key}")], expected, "{failpoint} at pass {hit}: key k{key}");
+    }
+    // Ends in order: nothing is in the middle of anything.
+    assert!(relay.stop().await.0.success() && consumer.stop().await.0.success());
+}
+
+/// Goal: as the file says, for every point there is, at its first and at a later pass.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_at_any_step_loses_doubles_and_reorders_nothing() {
+    for failpoint in failpoints::ALL {
+        // These are passed once in a process.
+        let once = matches!(*failpoint, "relay.lease_taken" | "relay.before_release" | "relay.held");
+        for hit in if once { &[1][..] } else { &[1, 2][..] } {
+            die_at(failpoint, *hit).await;
+        }
+    }
+}
+
+/// Goal: the list of points is the code's: each is passed somewhere, and nothing passes one that is not listed.
+#[test]
+fn every_point_is_in_the_code() {
+    let mut found: Vec<String> = Vec::new();
+    for room in ["relay", "consumer"] {
+        for file in std::fs::read_dir(format!("{}/src/{room}", env!("CARGO_MANIFEST_DIR"))).expect("the sources") {
+            let text = std::fs::read_to_string(file.expect("a file").path()).expect("readable");
+            found.extend(
+                text.split("failpoints::pass(\"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())),
+            );
+        }
+    }
+    let mut listed: Vec<&str> = failpoints::ALL.to_vec();
+    found.sort_unstable();
+    found.dedup();
+    listed.sort_unstable();
+    assert_eq!(found, listed);
+}

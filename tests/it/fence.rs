@@ -1,0 +1,127 @@
+//! Goal: nothing is published before it is durable, on this server and on the synchronous standby; and what the relay
+//! once published, no crash of the database takes back.
+
+use crate::support::storm;
+use crate::support::wire::Tap;
+use crate::support::{Lab, connect, eventually, eventually_number};
+use oncebox::db::{self, DbError, SessionOptions};
+use oncebox::node::PostgresOptions;
+use oncebox::outbox::lease;
+use sqlx::Executor;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Goal: messages of asynchronous commits that were on the wire are still in the database after kill -9 of Postgres:
+/// with a WAL writer that is seldom awake, only the fence can have flushed them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_published_survives_a_crash_of_the_database() {
+    let settings = vec![
+        ("wal_writer_delay".to_owned(), "10s".to_owned()),
+        ("wal_writer_flush_after".to_owned(), "100MB".to_owned()),
+    ];
+    let mut lab = Lab::own_with(PostgresOptions { settings }).await;
+    let tap = Tap::on(&lab).await;
+    lab.sql("create table app (n bigserial primary key, id uuid not null, key text)").await;
+    let _relay = lab.relay().await;
+    for round in 0..3 {
+        let mut conn = lab.connect().await;
+        conn.execute("set synchronous_commit = off").await.expect("sets");
+        let before = lab.number("select coalesce(max(n), 0) from oncebox.outbox_plan").await;
+        for i in 0..40 {
+            sqlx::query("insert into app (id, key) select oncebox.publish('t', to_jsonb($1::int), key => 'k'), 'k'")
+                .bind(round * 1000 + i)
+                .execute(&mut conn)
+                .await
+                .expect("publishes");
+        }
+        eventually("some of it is planned", async || {
+            let now = connect(&lab.database_url).await;
+            let mut now = now;
+            (crate::support::number(&mut now, "select max(n) from oncebox.outbox_plan").await > before).then_some(())
+        })
+        .await;
+        lab.postgres.kill9();
+        lab.postgres.restart().await.expect("Postgres restarts");
+    }
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_lease where expires_at > now()", 1).await;
+    let committed = storm::committed(&lab).await;
+    // A ghost, a message on the wire that the database has lost, fails here.
+    tap.read(committed.len()).await.assert_exactly(&committed);
+}
+
+/// Goal: while the synchronous standby is away nothing is published, also when somebody cancels the waiting commit;
+/// afterwards everything is.
+#[tokio::test]
+async fn a_cancelled_wait_for_the_standby_is_no_fence() {
+    let lab = Lab::own().await;
+    let tap = Tap::on(&lab).await;
+    let relay = lab.relay().await;
+    // A standby that never comes.
+    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
+    lab.sql("select pg_reload_conf()").await;
+    let mut conn = lab.connect().await;
+    eventually("the setting is in force", async || {
+        let names: String = sqlx::query_scalar("show synchronous_standby_names")
+            .fetch_one(&mut connect(&lab.database_url).await)
+            .await
+            .expect("shows");
+        (names == "nobody").then_some(())
+    })
+    .await;
+    conn.execute("set synchronous_commit = local; select oncebox.publish('t', '1')").await.expect("publishes");
+    for _ in 0..3 {
+        eventually("a commit waits for the standby", async || {
+            let cancelled: i64 = sqlx::query_scalar(
+                "select count(*) from (select pg_cancel_backend(pid) from pg_stat_activity
+                where wait_event = 'SyncRep' and application_name = 'oncebox relay') as c",
+            )
+            .fetch_one(&mut connect(&lab.database_url).await)
+            .await
+            .expect("cancels");
+            (cancelled > 0).then_some(())
+        })
+        .await;
+    }
+    relay.wait_for_log("was not confirmed as durable").await;
+    assert!(!tap.has_messages(&lab).await, "a message was published that no standby has");
+    conn.execute("alter system reset synchronous_standby_names").await.expect("resets");
+    conn.execute("select pg_reload_conf()").await.expect("reloads");
+    assert_eq!(tap.read(1).await.deliveries.len(), 1);
+}
+
+/// Goal: a fenced commit fails when its wait was cancelled, and holds when nothing happened.
+#[tokio::test]
+async fn a_fence_tells_a_cancelled_commit_from_a_good_one() {
+    let lab = Lab::own().await;
+    let options = SessionOptions {
+        application_name: "fenced",
+        statement_timeout: Duration::from_secs(30),
+        index_scans_only: false,
+    };
+    let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
+    let lease = lease::take(&mut conn, 0, Uuid::now_v7(), "test").await.expect("fenced").expect("free");
+    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
+    lab.sql("select pg_reload_conf()").await;
+    let renewing = tokio::spawn(async move {
+        // Reloading is not instant: until then the renewal is a good fence.
+        loop {
+            let place = oncebox::outbox::journal::LogPlace { n: 0, seq: 0 };
+            if let Err(error) = lease::renew(&mut conn, lease, place).await {
+                return error;
+            }
+        }
+    });
+    eventually("the commit waits", async || {
+        let cancelled: i64 = sqlx::query_scalar(
+            "select count(*) from (select pg_cancel_backend(pid) from pg_stat_activity
+            where wait_event = 'SyncRep' and application_name = 'fenced') as c",
+        )
+        .fetch_one(&mut connect(&lab.database_url).await)
+        .await
+        .expect("cancels");
+        (cancelled > 0).then_some(())
+    })
+    .await;
+    assert!(matches!(renewing.await.expect("no panic"), DbError::FenceBroken(_)));
+}
