@@ -89,6 +89,7 @@ create index outbox_plan_keyframe on oncebox.outbox_plan (lane, n) where keyfram
 comment on column oncebox.outbox_plan.p1 is 'xid of the transaction that recorded s1';
 comment on column oncebox.outbox_plan.q1 is 'last value of outbox_seq, read before p1 was assigned';
 comment on column oncebox.outbox_plan.settled_n is 'every row of earlier windows, and of this one up to settled_seq, is confirmed, held or parked; the lease may know more';
+comment on column oncebox.outbox_plan.streams is 'streams, and #lane for the counter of the whole lane';
 comment on column oncebox.outbox_plan.keyframe is 'true: streams and bases hold every stream; false: those the previous window touched';
 comment on column oncebox.outbox_plan.bases is 'offset the next message of the stream gets at the start of this window';
 
@@ -108,6 +109,7 @@ create table oncebox.outbox_held (
     source uuid not null,
     stream text not null,
     "offset" bigint not null,
+    ordinal bigint not null,
     message_id uuid not null,
     topic text not null,
     key text,

@@ -15,6 +15,9 @@ pub mod header {
     pub const STREAM: &str = "oncebox-stream";
     /// The message's place in its stream: an int64, dense from 1.
     pub const OFFSET: &str = "oncebox-offset";
+    /// The message's place in its lane, over all streams: an int64, dense from 1. What a broker hands back out of
+    /// order is put in order by it.
+    pub const ORDINAL: &str = "oncebox-ordinal";
     /// The ordering key, when there is one.
     pub const KEY: &str = "oncebox-key";
 }
@@ -74,8 +77,10 @@ pub struct Position {
 pub struct Envelope {
     /// What is sent.
     pub message: Message,
-    /// Where it stands.
+    /// Where it stands in its stream.
     pub position: Position,
+    /// Where it stands in its lane, dense from 1.
+    pub ordinal: i64,
 }
 
 /// A message as a consumer receives it, from oncebox's relay or from any other producer.
@@ -105,6 +110,13 @@ impl Delivery {
             stream: self.headers.get(header::STREAM)?.as_str()?.to_owned(),
             offset: self.headers.get(header::OFFSET)?.as_i64().filter(|offset| *offset > 0)?,
         })
+    }
+
+    /// The lane of its source and the place in it: messages of one key are published in this order.
+    pub fn lane_place(&self) -> Option<(&str, &str, i64)> {
+        let source = self.headers.get(header::SOURCE)?.as_str()?;
+        let (_, lane) = self.headers.get(header::STREAM)?.as_str()?.rsplit_once('#')?;
+        Some((source, lane, self.headers.get(header::ORDINAL)?.as_i64()?))
     }
 
     /// The ordering key, when the producer gave one.

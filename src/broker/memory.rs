@@ -315,6 +315,12 @@ impl Subscription for MemorySubscription {
         }
     }
 
+    async fn ready(&mut self) -> Result<u32, BrokerError> {
+        let state = self.connection.shared.lock();
+        let queue = state.queues.get(&self.queue);
+        Ok(queue.map_or(0, |queue| queue.returned.len() + queue.messages.len()) as u32)
+    }
+
     async fn ack(&mut self, tag: u64) -> Result<(), BrokerError> {
         let number = self.connection.number;
         self.connection.shared.change(|state| {
@@ -457,6 +463,7 @@ fn delivery(envelope: &Envelope) -> Delivery {
     headers.insert(header::SOURCE.to_owned(), position.source.to_string().into());
     headers.insert(header::STREAM.to_owned(), position.stream.clone().into());
     headers.insert(header::OFFSET.to_owned(), position.offset.into());
+    headers.insert(header::ORDINAL.to_owned(), envelope.ordinal.into());
     if let Some(key) = &message.key {
         headers.insert(header::KEY.to_owned(), key.clone().into());
     }

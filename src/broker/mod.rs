@@ -160,6 +160,9 @@ pub trait Subscription: Send + 'static {
     /// The next delivery. Cancel safe.
     fn next(&mut self) -> impl Future<Output = Result<Delivery, BrokerError>> + Send;
 
+    /// How many messages of the queue are ready and were not handed to any consumer yet.
+    fn ready(&mut self) -> impl Future<Output = Result<u32, BrokerError>> + Send;
+
     /// Acknowledges one delivery of this session, and it alone.
     fn ack(&mut self, tag: u64) -> impl Future<Output = Result<(), BrokerError>> + Send;
 

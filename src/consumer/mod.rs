@@ -5,6 +5,7 @@
 //! one database session each. With order by key, a key always goes to the same worker, and what is held is decided
 //! by the table, so the order holds over redeliveries, failures and several processes. Left out on purpose: batches.
 
+mod returned;
 mod worker;
 
 use crate::backoff::Backoff;
@@ -245,30 +246,61 @@ impl<B: Broker> Consuming<B> {
         stop_workers: &CancellationToken,
     ) -> Result<(), BrokerError> {
         let mut round = 0;
+        let mut first = true;
         loop {
             tokio::select! {
                 delivery = subscription.next(), if !stop_workers.is_cancelled() => {
-                    let delivery = delivery?;
-                    round += 1;
-                    let queue = &self.queues[worker_of(delivery.key(), self.queues.len(), round)];
-                    // Room for a whole prefetch is there: this waits only for jobs of an earlier session.
-                    if queue.send(Job::Delivery { session: self.session, delivery }).await.is_err() {
-                        return Ok(());
+                    let deliveries = match delivery? {
+                        delivery if first && self.options.order == Order::Key => {
+                            returned::collect(subscription, delivery, self.prefetch).await?
+                        }
+                        delivery => vec![delivery],
+                    };
+                    first = false;
+                    for delivery in deliveries {
+                        round += 1;
+                        self.hand_out(subscription, delivery, round).await?;
                     }
                 }
                 settled = self.settled.recv() => match settled {
-                    Some(Settled { session, tag }) => {
-                        // A tag of an earlier session is dead; the broker delivers that message again.
-                        if session == self.session {
-                            subscription.ack(tag).await?;
-                            failpoints::pass("consumer.acknowledged");
-                        }
-                    }
+                    Some(settled) => self.acknowledge(subscription, settled).await?,
                     None => return Ok(()),
                 },
                 () = shutdown.cancelled(), if !stop_workers.is_cancelled() => stop_workers.cancel(),
             }
         }
+    }
+
+    /// Queues a delivery for its worker. A queue has room for a whole prefetch, so this waits only for jobs of an
+    /// earlier session, and meanwhile takes what the workers have done, or they would wait for us.
+    async fn hand_out(
+        &mut self,
+        subscription: &mut B::Subscription,
+        delivery: Delivery,
+        round: u64,
+    ) -> Result<(), BrokerError> {
+        let queue = self.queues[worker_of(delivery.key(), self.queues.len(), round)].clone();
+        loop {
+            tokio::select! {
+                permit = queue.reserve() => {
+                    // Workers end before the queues do only when the process does.
+                    if let Ok(permit) = permit {
+                        permit.send(Job::Delivery { session: self.session, delivery });
+                    }
+                    return Ok(());
+                }
+                Some(settled) = self.settled.recv() => self.acknowledge(subscription, settled).await?,
+            }
+        }
+    }
+
+    /// A tag of an earlier session is dead: the broker delivers that message again.
+    async fn acknowledge(&self, subscription: &mut B::Subscription, settled: Settled) -> Result<(), BrokerError> {
+        if settled.session == self.session {
+            subscription.ack(settled.tag).await?;
+            failpoints::pass("consumer.acknowledged");
+        }
+        Ok(())
     }
 }
 

@@ -57,16 +57,16 @@ const HOLD: &str = "
         select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update
     ), leaving as (
         select * from unnest($3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::text[], $8::int[], $9::float8[],
-            $10::uuid[], $11::text[], $12::bigint[])
-            as l (plan_n, seq, state, reason, last_error, attempts, retry_in_s, source, stream, \"offset\")
+            $10::uuid[], $11::text[], $12::bigint[], $13::bigint[])
+            as l (plan_n, seq, state, reason, last_error, attempts, retry_in_s, source, stream, \"offset\", ordinal)
     ), held as (
         insert into oncebox.outbox_held (
             lane, seq, plan_n, state, reason, last_error, attempts, next_at, source, stream, \"offset\",
-            message_id, topic, key, content_type, headers, body, published_at, expires_at)
+            ordinal, message_id, topic, key, content_type, headers, body, published_at, expires_at)
         select
             o.lane, o.seq, l.plan_n, l.state, l.reason, l.last_error, l.attempts,
             clock_timestamp() + make_interval(secs => l.retry_in_s), l.source, l.stream, l.\"offset\",
-            o.message_id, o.topic, o.key, o.content_type, o.headers, o.body, o.published_at, o.expires_at
+            l.ordinal, o.message_id, o.topic, o.key, o.content_type, o.headers, o.body, o.published_at, o.expires_at
         from lease
         cross join leaving as l
         join oncebox.outbox as o on o.lane = $1 and o.seq = l.seq
@@ -79,7 +79,7 @@ pub async fn hold(
     conn: &mut PgConnection,
     lane: i16,
     epoch: i64,
-    leaving: &[(LogPlace, &Position, &Reason)],
+    leaving: &[(LogPlace, &Envelope, &Reason)],
 ) -> Result<(), DbError> {
     let columns: Vec<_> = leaving.iter().map(|(_, _, reason)| reason.columns()).collect();
     let query = sqlx::query_scalar(HOLD)
@@ -92,9 +92,10 @@ pub async fn hold(
         .bind(columns.iter().map(|c| c.2).collect::<Vec<_>>())
         .bind(columns.iter().map(|c| c.3).collect::<Vec<_>>())
         .bind(columns.iter().map(|c| c.4).collect::<Vec<_>>())
-        .bind(leaving.iter().map(|(_, at, _)| at.source).collect::<Vec<_>>())
-        .bind(leaving.iter().map(|(_, at, _)| at.stream.as_str()).collect::<Vec<_>>())
-        .bind(leaving.iter().map(|(_, at, _)| at.offset).collect::<Vec<_>>());
+        .bind(leaving.iter().map(|(_, envelope, _)| envelope.position.source).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, envelope, _)| envelope.position.stream.as_str()).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, envelope, _)| envelope.position.offset).collect::<Vec<_>>())
+        .bind(leaving.iter().map(|(_, envelope, _)| envelope.ordinal).collect::<Vec<_>>());
     let leases: i64 = db::bounded("holding messages", LIMIT, query.fetch_one(conn)).await?;
     if leases == 1 { Ok(()) } else { Err(DbError::LeaseLost { lane }) }
 }
@@ -114,7 +115,7 @@ pub struct Due {
 
 const DUE: &str = "
     select h.seq, h.attempts, coalesce(h.expires_at <= clock_timestamp(), false), h.source, h.stream, h.\"offset\",
-        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint
+        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint, h.ordinal
     from oncebox.outbox_held as h
     where h.lane = $1 and h.state = 'waiting' and h.next_at <= clock_timestamp() and h.seq <> all($2)
         and (h.key is null or not exists (
@@ -134,6 +135,7 @@ pub async fn due(conn: &mut PgConnection, lane: i16, sent: &[i64], limit: i64) -
                 expired: row.try_get(2)?,
                 envelope: Envelope {
                     position: Position { source: row.try_get(3)?, stream: row.try_get(4)?, offset: row.try_get(5)? },
+                    ordinal: row.try_get(13)?,
                     message: Message {
                         id: MessageId(row.try_get(6)?),
                         topic: row.try_get(7)?,

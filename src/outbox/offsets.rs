@@ -29,32 +29,30 @@ impl Offsets {
         }
     }
 
-    /// The stream and offset of the next message of `topic`.
-    pub fn assign(&mut self, topic: &str) -> (String, i64) {
+    /// Stream, offset and ordinal of the next message of `topic`.
+    pub fn assign(&mut self, topic: &str) -> (String, i64, i64) {
         self.skip(topic, 1)
     }
 
-    /// Passes over `count` messages of `topic`; returns the stream and the first of their offsets.
-    pub fn skip(&mut self, topic: &str, count: i64) -> (String, i64) {
+    /// Passes over `count` messages of `topic`; returns the stream, and the first of their offsets and ordinals.
+    pub fn skip(&mut self, topic: &str, count: i64) -> (String, i64, i64) {
+        // No topic is empty: the lane's own counter stands beside those of its streams.
+        let ordinal = self.advance(format!("#{}", self.lane), count);
         let mut stream = format!("{topic}#{}", self.lane);
         if !self.next.contains_key(&stream) && self.next.len() >= MAX_STREAMS {
             stream = format!("*#{}", self.lane);
         }
-        if !self.touched.contains(&stream) {
-            self.touched.insert(stream.clone());
+        let offset = self.advance(stream.clone(), count);
+        (stream, offset, ordinal)
+    }
+
+    fn advance(&mut self, counter: String, count: i64) -> i64 {
+        if !self.touched.contains(&counter) {
+            self.touched.insert(counter.clone());
         }
-        let first = match self.next.get_mut(&stream) {
-            Some(next) => {
-                let first = *next;
-                *next += count;
-                first
-            }
-            None => {
-                self.next.insert(stream.clone(), 1 + count);
-                1
-            }
-        };
-        (stream, first)
+        let next = self.next.entry(counter).or_insert(1);
+        *next += count;
+        *next - count
     }
 
     /// The counters that moved since the last call, sorted, as the next plan records them.
@@ -107,7 +105,8 @@ mod tests {
             prop_assert_eq!(&all[cut..], &rest[..]);
 
             let mut by_stream: HashMap<String, Vec<i64>> = HashMap::new();
-            for (stream, offset) in all {
+            for (expected, (stream, offset, ordinal)) in (1..).zip(all) {
+                prop_assert_eq!(ordinal, expected);
                 by_stream.entry(stream).or_default().push(offset);
             }
             for offsets in by_stream.values() {
@@ -120,11 +119,15 @@ mod tests {
     #[test]
     fn topics_beyond_the_bound_share_a_stream() {
         let mut offsets = Offsets::new(0);
-        for i in 0..MAX_STREAMS {
-            assert_eq!(offsets.assign(&format!("t{i}")), (format!("t{i}#0"), 1));
+        let mut assign = |topic: &str| {
+            let (stream, offset, _) = offsets.assign(topic);
+            (stream, offset)
+        };
+        for i in 1..MAX_STREAMS {
+            assert_eq!(assign(&format!("t{i}")), (format!("t{i}#0"), 1));
         }
-        assert_eq!(offsets.assign("late"), ("*#0".to_owned(), 1));
-        assert_eq!(offsets.assign("later"), ("*#0".to_owned(), 2));
-        assert_eq!(offsets.assign("t7"), ("t7#0".to_owned(), 2));
+        assert_eq!(assign("late"), ("*#0".to_owned(), 1));
+        assert_eq!(assign("later"), ("*#0".to_owned(), 2));
+        assert_eq!(assign("t7"), ("t7#0".to_owned(), 2));
     }
 }

@@ -266,7 +266,7 @@ mod tests {
             published_at_s: 0,
         };
         let position = Position { source: Uuid::nil(), stream: "t#0".to_owned(), offset: seq };
-        Item { place: LogPlace { n: 1, seq }, envelope: Envelope { message, position }, expires: None }
+        Item { place: LogPlace { n: 1, seq }, envelope: Envelope { message, position, ordinal: seq }, expires: None }
     }
 
     const START: LogPlace = LogPlace { n: 0, seq: 0 };

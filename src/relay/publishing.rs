@@ -10,6 +10,7 @@ use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, Outcome, Publisher};
 use crate::db::DbError;
 use crate::failpoints;
+use crate::message::Position;
 use crate::outbox::held::{self, Due, Reason};
 use crate::outbox::journal::LogPlace;
 use crate::outbox::lease::Lease;
@@ -277,9 +278,10 @@ impl<B: Broker> Publishing<'_, B> {
         }
         let lease = *self.lease.borrow();
         let leaving: Vec<_> =
-            self.lookahead.leaving().map(|(item, reason)| (item.place, &item.envelope.position, reason)).collect();
-        for (place, position, reason) in leaving.iter().filter(|(.., reason)| !reason.waits()) {
-            tracing::warn!(stream = position.stream, offset = position.offset, seq = place.seq, ?reason, "parked");
+            self.lookahead.leaving().map(|(item, reason)| (item.place, &item.envelope, reason)).collect();
+        for (place, envelope, reason) in leaving.iter().filter(|(.., reason)| !reason.waits()) {
+            let Position { stream, offset, .. } = &envelope.position;
+            tracing::warn!(stream, offset, seq = place.seq, ?reason, "parked");
         }
         let waits = leaving.iter().filter(|(.., reason)| reason.waits()).count();
         held::hold(&mut self.conn, lease.lane, lease.epoch, &leaving).await?;

@@ -119,9 +119,10 @@ impl Reader {
     }
 
     fn place(&mut self, plan: &Plan, row: LogRow) -> Item {
-        let (stream, offset) = self.offsets.assign(&row.message.topic);
+        let (stream, offset, ordinal) = self.offsets.assign(&row.message.topic);
         let position = Position { source: plan.source, stream, offset };
-        Item { place: row.place, envelope: Envelope { message: row.message, position }, expires: row.expires }
+        let envelope = Envelope { message: row.message, position, ordinal };
+        Item { place: row.place, envelope, expires: row.expires }
     }
 
     /// The first window is read to its end. On a replay the next plan must agree with what was counted.

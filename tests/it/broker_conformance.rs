@@ -1,7 +1,7 @@
 //! One suite for both brokers: what the relay and the consumer rely on holds on RabbitMQ and in memory alike,
 //! or tests on the one in memory prove nothing.
 
-use crate::support::{OwnRabbit, own_rabbit, rabbit};
+use crate::support::{TestRabbit, own_rabbit, rabbit};
 use futures_util::FutureExt;
 use lapin::options::{
     BasicGetOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
@@ -143,6 +143,7 @@ fn envelope(topic: &str, n: i64) -> Envelope {
             published_at_s: 1_700_000_000,
         },
         position: Position { source: SOURCE, stream: format!("{topic}#0"), offset: n },
+        ordinal: n,
     }
 }
 
@@ -589,7 +590,7 @@ async fn refuses_a_large_body(broker: &RabbitMq) {
 // confirmed is there after its restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn rabbitmq_frozen_and_killed_brokers_end_sessions() {
-    let node: OwnRabbit = own_rabbit().await;
+    let mut node: TestRabbit = own_rabbit().await;
     let place = OnRabbit::at(node.url(&node.fresh_vhost().await));
     drop(place.broker.subscribe(&spec("q", &["t"]), 1).await.unwrap());
     let hasty = place.with(|options| {
@@ -627,7 +628,7 @@ async fn rabbitmq_frozen_and_killed_brokers_end_sessions() {
 
     let mut publisher = place.broker.publisher(EXCHANGE).await.unwrap();
     let mut subscription = place.broker.subscribe(&spec("other", &["o"]), 1).await.unwrap();
-    node.kill9().await;
+    node.kill9();
     let lost = [
         publish(&mut publisher, &[envelope("t", 3)]).await.unwrap_err(),
         soon("the end", subscription.next()).await.unwrap_err(),

@@ -1,5 +1,6 @@
 //! Tests on real servers, one binary: `support` starts private nodes and processes, each other file is a behaviour.
 
+mod broker_conformance;
 mod consumer;
 mod crash;
 mod fence;

@@ -326,6 +326,7 @@ mod tests {
                 published_at_s: 0,
             },
             position: Position { source: Uuid::nil(), stream: "t#0".to_owned(), offset: number as i64 },
+            ordinal: number as i64,
         }
     }
 

@@ -89,6 +89,21 @@ impl Subscription for RabbitSubscription {
         }
     }
 
+    async fn ready(&mut self) -> Result<u32, BrokerError> {
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let queue = short("queue", &self.queue)?;
+        let asked = self.channel.queue_declare(queue, options, FieldTable::default());
+        match tokio::time::timeout(self.ack_timeout, asked).await {
+            Ok(Ok(queue)) => Ok(queue.message_count()),
+            Ok(Err(error)) => Err(self.fail(session::lost(&error))),
+            Err(_) => {
+                self.session.cut();
+                let limit = self.ack_timeout;
+                Err(self.fail(BrokerError::TimedOut { what: "the queue's length", limit }))
+            }
+        }
+    }
+
     async fn ack(&mut self, tag: u64) -> Result<(), BrokerError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());

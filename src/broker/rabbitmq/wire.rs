@@ -13,7 +13,7 @@ const PERSISTENT: u8 = 2;
 /// Where a returned message stood: enough to tell it from every other one in flight.
 pub(super) type Place = (Uuid, String, i64);
 
-/// The properties of contract.md §2.
+/// The properties and headers of a message of ours.
 ///
 /// # Errors
 /// [`BrokerError::ChannelClosed`] with 406, as a broker would answer, for a name AMQP cannot carry.
@@ -27,6 +27,7 @@ pub(super) fn properties(envelope: &Envelope) -> Result<BasicProperties, BrokerE
     headers.insert(header::SOURCE.into(), AMQPValue::LongString(source.as_str().into()));
     headers.insert(header::STREAM.into(), AMQPValue::LongString(position.stream.as_str().into()));
     headers.insert(header::OFFSET.into(), AMQPValue::LongLongInt(position.offset));
+    headers.insert(header::ORDINAL.into(), AMQPValue::LongLongInt(envelope.ordinal));
     if let Some(key) = &message.key {
         headers.insert(header::KEY.into(), AMQPValue::LongString(key.as_str().into()));
     }
@@ -143,6 +144,7 @@ mod tests {
                 published_at_s: 1_700_000_000,
             },
             position: Position { source: Uuid::from_u128(9), stream: "order.placed#0".to_owned(), offset: 3 },
+            ordinal: 7,
         }
     }
 
@@ -164,6 +166,7 @@ mod tests {
         assert_eq!(table["whole"], AMQPValue::Double(2.0));
         assert_eq!(table["b"], AMQPValue::Boolean(true));
         assert_eq!(table[header::OFFSET], AMQPValue::LongLongInt(3));
+        assert_eq!(table[header::ORDINAL], AMQPValue::LongLongInt(7));
         assert_eq!(table[header::KEY], AMQPValue::LongString("k".into()));
         assert_eq!(place(&properties), Some((Uuid::from_u128(9), "order.placed#0".to_owned(), 3)));
     }

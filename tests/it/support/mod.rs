@@ -10,7 +10,7 @@ pub mod storm;
 pub mod wire;
 
 pub use process::Process;
-pub use rabbit::{own_rabbit, rabbit};
+pub use rabbit::{TestRabbit, own_rabbit, rabbit};
 
 use oncebox::node::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
