@@ -75,6 +75,7 @@ create table oncebox.outbox_plan (
     s2 pg_snapshot not null,
     p2 xid8 not null,
     q2 bigint not null,
+    q_top bigint not null,
     settled_n bigint not null,
     settled_seq bigint not null,
     keyframe boolean not null,
@@ -88,6 +89,7 @@ create index outbox_plan_keyframe on oncebox.outbox_plan (lane, n) where keyfram
 
 comment on column oncebox.outbox_plan.p1 is 'xid of the transaction that recorded s1';
 comment on column oncebox.outbox_plan.q1 is 'last value of outbox_seq, read before p1 was assigned';
+comment on column oncebox.outbox_plan.q_top is 'no row of the window has a higher seq: last value of outbox_seq, read after s2';
 comment on column oncebox.outbox_plan.settled_n is 'every row of earlier windows, and of this one up to settled_seq, is confirmed, held or parked; the lease may know more';
 comment on column oncebox.outbox_plan.streams is 'streams, and #lane for the counter of the whole lane';
 comment on column oncebox.outbox_plan.keyframe is 'true: streams and bases hold every stream; false: those the previous window touched';
@@ -122,6 +124,8 @@ create table oncebox.outbox_held (
 );
 -- Serves the relay's look for due heads of keys.
 create index outbox_held_waiting on oncebox.outbox_held (lane, key, seq) where state = 'waiting';
+-- Serves a take-over: which rows beyond the settled place are held already.
+create index outbox_held_place on oncebox.outbox_held (lane, plan_n, seq);
 
 comment on column oncebox.outbox_held.plan_n is 'the window it came from: a replay of that window passes over it';
 comment on column oncebox.outbox_held.reason is 'nacked, behind_key, unroutable, refused or expired';
@@ -148,10 +152,10 @@ begin atomic
     select l from generate_series(0, lanes - 1) as l
     on conflict do nothing;
     insert into oncebox.outbox_plan (
-        lane, n, source, s1, p1, q1, s2, p2, q2, settled_n, settled_seq, keyframe, streams, bases, planned_at)
+        lane, n, source, s1, p1, q1, s2, p2, q2, q_top, settled_n, settled_seq, keyframe, streams, bases, planned_at)
     select
         l, 0, (select source from oncebox.outbox_source order by ordinal desc limit 1),
-        '3:3:', '3', 0, '3:3:', '3', 0, 0, 0, true, '{}', '{}', clock_timestamp()
+        '3:3:', '3', 0, '3:3:', '3', 0, 0, 0, 0, true, '{}', '{}', clock_timestamp()
     from generate_series(0, lanes - 1) as l
     on conflict do nothing;
 end;
@@ -240,6 +244,12 @@ declare
     v_lane smallint := 0;
     v_xid xid8;
 begin
+    -- A change of the lanes ends before this row looks at them, or begins after its transaction.
+    lock table only oncebox.outbox in row exclusive mode;
+    if current_setting('transaction_isolation') not in ('read committed', 'read uncommitted') then
+        -- An older snapshot shows the lanes from before the change: 40001 instead.
+        perform from oncebox.setting for share;
+    end if;
     select s.lanes, r.slot into strict v_lanes, v_slot from oncebox.setting as s, oncebox.outbox_ring as r;
     if v_lanes > 1 then
         v_lane := ('x' || substr(md5(coalesce(key, message_id::text)), 1, 8))::bit(32)::bigint % v_lanes;

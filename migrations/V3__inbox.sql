@@ -21,6 +21,11 @@ begin
 end
 $$;
 
+-- The leaf of a UUIDv7's day; null for any other id.
+create function oncebox.inbox_day_leaf(id uuid) returns smallint
+language sql immutable strict parallel safe
+return (oncebox.uuid_v7_ms(id) / 86400000 % 16)::smallint;
+
 -- What was applied before the rows' window: ranges of offsets. Never forgets, and grows with gaps, not messages.
 create table oncebox.inbox_ledger (
     consumer text not null,
@@ -74,6 +79,8 @@ create table oncebox.inbox_held (
 );
 -- Serves the look for a waiting delivery of a key, and for the head of each key.
 create index inbox_held_key on oncebox.inbox_held (consumer, key, n) where state = 'waiting';
+-- Serves the look for due deliveries of consumers without order.
+create index inbox_held_due on oncebox.inbox_held (consumer, next_at) where state = 'waiting';
 
 comment on column oncebox.inbox_held.reason is 'failed, behind_key, too_many_attempts, rejected or no_message_id';
 
@@ -97,8 +104,10 @@ declare
     v_offset constant bigint := accept."offset";
     v_now_ms constant bigint := extract(epoch from clock_timestamp()) * 1000;
     v_id_ms constant bigint := oncebox.uuid_v7_ms(accept.message_id);
-    v_window_ms bigint;
-    v_leaf smallint := 16;
+    v_day_leaf constant smallint := oncebox.inbox_day_leaf(accept.message_id);
+    v_forgotten_ms bigint;
+    v_leaf smallint := c_plain;
+    v_other smallint := oncebox.inbox_day_leaf(accept.message_id);
     v_inserted integer;
 begin
     if v_consumer is null or octet_length(v_consumer) not between 1 and 255 then
@@ -114,11 +123,21 @@ begin
     end if;
 
     if v_id_ms <= v_now_ms + c_day_ms then
-        v_leaf := (v_id_ms / c_day_ms) % 16;
+        v_leaf := v_day_leaf;
+        v_other := c_plain;
     end if;
     -- An id just about a day ahead could go to either table: two callers at that moment must not use both.
     if v_id_ms between v_now_ms + c_day_ms - c_hour_ms and v_now_ms + c_day_ms + c_hour_ms then
         perform pg_advisory_xact_lock(hashtextextended(v_consumer || v_id::text, 0));
+        -- An insert meets what an older snapshot does not show: 40001 instead of a second `true`.
+        insert into oncebox.inbox (leaf, consumer, message_id, accepted_at)
+        values (v_other, v_consumer, v_id, clock_timestamp())
+        on conflict do nothing;
+        get diagnostics v_inserted = row_count;
+        if v_inserted = 1 then
+            delete from oncebox.inbox as i
+            where i.leaf = v_other and i.consumer = v_consumer and i.message_id = v_id;
+        end if;
     end if;
 
     -- Waits for a twin in flight: nothing is inserted if it commits, the row is ours if it rolls back.
@@ -127,36 +146,40 @@ begin
     on conflict do nothing;
     get diagnostics v_inserted = row_count;
 
+    if v_inserted = 1 and exists (
+        -- It may have come when it lay more than a day ahead and does no longer, or by a clock that was set back.
+        select from oncebox.inbox as i
+        where i.leaf = v_other and i.consumer = v_consumer and i.message_id = v_id
+    ) then
+        delete from oncebox.inbox as i
+        where i.leaf = v_leaf and i.consumer = v_consumer and i.message_id = v_id;
+        v_inserted := 0;
+        v_leaf := v_other;
+    end if;
+
     if v_inserted = 1 and v_leaf <> c_plain then
-        -- The id may have come when it still lay more than a day ahead.
-        if exists (
-            select from oncebox.inbox as i
-            where i.leaf = c_plain and i.consumer = v_consumer and i.message_id = v_id
-        ) then
-            delete from oncebox.inbox as i
-            where i.leaf = v_leaf and i.consumer = v_consumer and i.message_id = v_id;
-            v_inserted := 0;
-            v_leaf := c_plain;
-        else
-            select extract(epoch from s.dedup_window) * 1000 into strict v_window_ms from oncebox.setting as s;
-            if v_id_ms < v_now_ms - v_window_ms + c_hour_ms then
-                -- The row may be folded away. Insert first, look second: the other way round, a fold between the
-                -- two would make an applied message look new.
-                perform from oncebox.inbox_horizon for share;
-                if exists (
-                    select from oncebox.inbox_ledger as l
-                    where l.consumer = v_consumer and l.source = v_source and l.stream = v_stream
-                        and l.offsets @> v_offset
-                ) then
-                    delete from oncebox.inbox as i
-                    where i.leaf = v_leaf and i.consumer = v_consumer and i.message_id = v_id;
-                    return false;
-                elsif v_offset is null and v_id_ms < v_now_ms - v_window_ms then
-                    raise exception using errcode = 'OB001',
-                        message = format('message %s is older than the dedup window and carries no stream and '
-                            'offset: it cannot be proven new', v_id),
-                        hint = 'Pass source, stream and offset from the message''s oncebox- headers.';
-                end if;
+        -- Rows may be folded away up to the window or, if that was made longer since, up to the horizon.
+        select greatest(extract(epoch from clock_timestamp() - s.dedup_window),
+                extract(epoch from nullif(h.folded_until, '-infinity'))) * 1000
+        into strict v_forgotten_ms
+        from oncebox.setting as s, oncebox.inbox_horizon as h;
+        if v_id_ms < v_forgotten_ms + c_hour_ms then
+            -- Insert first, look second: the other way round, a fold between the two would make an applied message
+            -- look new.
+            perform from oncebox.inbox_horizon for share;
+            if exists (
+                select from oncebox.inbox_ledger as l
+                where l.consumer = v_consumer and l.source = v_source and l.stream = v_stream
+                    and l.offsets @> v_offset
+            ) then
+                delete from oncebox.inbox as i
+                where i.leaf = v_leaf and i.consumer = v_consumer and i.message_id = v_id;
+                return false;
+            elsif v_offset is null and v_id_ms < v_forgotten_ms then
+                raise exception using errcode = 'OB001',
+                    message = format('message %s is older than the dedup window and carries no stream and '
+                        'offset: it cannot be proven new', v_id),
+                    hint = 'Pass source, stream and offset from the message''s oncebox- headers.';
             end if;
         end if;
     end if;
@@ -178,6 +201,8 @@ comment on function oncebox.accept is
 revoke all on all functions in schema oncebox from public;
 
 grant execute on function oncebox.accept(text, uuid, uuid, text, bigint) to oncebox_consumer, oncebox_admin;
+-- The consumer finds a message's row by its leaf.
+grant execute on function oncebox.inbox_day_leaf(uuid), oncebox.uuid_v7_ms(uuid) to oncebox_consumer;
 grant select, insert, update, delete on oncebox.inbox_held to oncebox_consumer, oncebox_admin;
 grant select on oncebox.inbox to oncebox_consumer;
 grant select on oncebox.inbox, oncebox.inbox_ledger, oncebox.inbox_horizon, oncebox.inbox_alias to oncebox_admin;

@@ -5,6 +5,7 @@
 use crate::backoff::Backoff;
 use crate::consumer::Order;
 use serde::Deserialize;
+use sqlx::postgres::PgConnectOptions;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -162,11 +163,8 @@ impl Config {
             let reason = "is not set: give ONCEBOX_DATABASE_URL, --database-url or database_url in the config file";
             ConfigError::new("database_url", reason)
         })?;
-        if url.starts_with("postgres://") || url.starts_with("postgresql://") {
-            Ok(url)
-        } else {
-            Err(ConfigError::new("database_url", "must begin with postgres:// or postgresql://"))
-        }
+        postgres_url("database_url", url)?;
+        Ok(url)
     }
 
     /// The broker.
@@ -203,6 +201,9 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
             return Err(ConfigError::new(setting("order"), format!("\"{other}\" is neither \"key\" nor \"none\"")));
         }
     };
+    if let Some(url) = &table.database_url {
+        postgres_url(&setting("database_url"), url)?;
+    }
     for binding in &table.bindings {
         short(&setting("bindings"), binding.clone())?;
     }
@@ -222,6 +223,17 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
         bindings: table.bindings,
         name,
     })
+}
+
+/// The driver takes other schemes too, and its words do not quote the password.
+fn postgres_url(setting: &str, url: &str) -> Result<(), ConfigError> {
+    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+        return Err(ConfigError::new(setting, "must begin with postgres:// or postgresql://"));
+    }
+    match url.parse::<PgConnectOptions>() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(ConfigError::new(setting, format!("is not valid: {error}"))),
+    }
 }
 
 /// Names on the broker are short strings.

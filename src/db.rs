@@ -93,14 +93,15 @@ pub fn sqlstate(error: &sqlx::Error) -> Option<String> {
 }
 
 /// True for errors of the connection, the server's state or a conflict, and not of the statement: class 08, 40,
-/// 53, 57, SQLSTATE 55P03 and 25006 (a standby), and everything below the protocol. 57014 is not among them: it is
+/// 53, 57, SQLSTATE 55P03, 25P03 (the session idled too long) and 25006 (a standby), and everything below the protocol. 57014 is not among them: it is
 /// how a statement that always runs too long ends.
 pub fn is_transient(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::PoolTimedOut | sqlx::Error::WorkerCrashed => true,
         sqlx::Error::Database(_) => sqlstate(error).is_some_and(|code| {
             let class = code.get(..2).unwrap_or_default();
-            code != "57014" && (matches!(class, "08" | "40" | "53" | "57") || code == "55P03" || code == "25006")
+            code != "57014"
+                && (matches!(class, "08" | "40" | "53" | "57") || matches!(&*code, "55P03" | "25P03" | "25006"))
         }),
         _ => false,
     }
@@ -111,6 +112,9 @@ pub fn is_conflict(error: &sqlx::Error) -> bool {
     matches!(sqlstate(error).as_deref(), Some("40001" | "40P01"))
 }
 
+/// The usual [`SessionOptions::idle_timeout`]: no loop of ours waits for anything but the database in a transaction.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How a session is set up.
 #[derive(Debug, Clone, Copy)]
 pub struct SessionOptions {
@@ -118,6 +122,8 @@ pub struct SessionOptions {
     pub application_name: &'static str,
     /// A statement that runs longer fails with SQLSTATE 57014.
     pub statement_timeout: Duration,
+    /// A transaction in which nothing happens for longer is ended by the server, and with it its locks.
+    pub idle_timeout: Duration,
     /// Index scans whatever the statistics say: the log's tables may never have been analysed.
     pub index_scans_only: bool,
 }
@@ -133,7 +139,7 @@ pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection,
     let setup = sqlx::query(
         "select set_config('statement_timeout', $1, false),
             set_config('lock_timeout', '10s', false),
-            set_config('idle_in_transaction_session_timeout', '10s', false),
+            set_config('idle_in_transaction_session_timeout', $4, false),
             set_config('tcp_user_timeout', '15s', false),
             set_config('tcp_keepalives_idle', '5', false),
             set_config('tcp_keepalives_interval', '2', false),
@@ -148,7 +154,8 @@ pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection,
     )
     .bind(format!("{}ms", options.statement_timeout.as_millis()))
     .bind(if options.index_scans_only { "off" } else { "on" })
-    .bind(if options.index_scans_only { "force_generic_plan" } else { "auto" });
+    .bind(if options.index_scans_only { "force_generic_plan" } else { "auto" })
+    .bind(format!("{}ms", options.idle_timeout.as_millis()));
     bounded("session settings", CONNECT_LIMIT, setup.execute(&mut conn)).await?;
     Ok(conn)
 }

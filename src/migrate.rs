@@ -63,7 +63,14 @@ pub async fn migrate(url: &str) -> Result<Vec<Step>, MigrateError> {
     if let Some(found) = applied_version(&mut conn).await?.filter(|found| *found > known_version()) {
         return Err(DbError::SchemaTooNew { found, known: known_version() }.into());
     }
-    conn.execute("create schema if not exists oncebox").await.map_err(DbError::from)?;
+    // `if not exists` alone asks for the right to create schemas, also when there is nothing to create.
+    let missing: bool = sqlx::query_scalar("select to_regnamespace('oncebox') is null")
+        .fetch_one(&mut conn)
+        .await
+        .map_err(DbError::from)?;
+    if missing {
+        conn.execute("create schema if not exists oncebox").await.map_err(DbError::from)?;
+    }
     let mut runner = embedded::migrations::runner();
     runner.set_migration_table_name(TABLE);
     let report = runner.run_async(&mut Session(&mut conn)).await?;
@@ -106,6 +113,7 @@ async fn session(url: &str) -> Result<PgConnection, DbError> {
     let options = db::SessionOptions {
         application_name: "oncebox migrate",
         statement_timeout: STATEMENT_LIMIT,
+        idle_timeout: db::IDLE_TIMEOUT,
         index_scans_only: false,
     };
     db::connect(url, options).await

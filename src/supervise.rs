@@ -33,12 +33,13 @@ pub fn shutdown_on_signal() -> std::io::Result<CancellationToken> {
     Ok(token)
 }
 
-/// A session with a database whose schema fits this program. Waits for a server that is down or starting; any other
-/// trouble is an error.
-pub async fn wait_for_database(url: &str, shutdown: &CancellationToken) -> Result<PgConnection, DbError> {
+/// A session with a database whose schema fits this program; none if the process is to end first. Waits for a server
+/// that is down or starting; any other trouble is an error.
+pub async fn wait_for_database(url: &str, shutdown: &CancellationToken) -> Result<Option<PgConnection>, DbError> {
     let session = SessionOptions {
         application_name: "oncebox",
         statement_timeout: Duration::from_secs(10),
+        idle_timeout: db::IDLE_TIMEOUT,
         index_scans_only: false,
     };
     let mut failures = 0;
@@ -46,21 +47,19 @@ pub async fn wait_for_database(url: &str, shutdown: &CancellationToken) -> Resul
         let attempt = async {
             let mut conn = db::connect(url, session).await?;
             migrate::check(&mut conn).await?;
-            Ok(conn)
+            Ok::<_, DbError>(conn)
         };
         match attempt.await {
-            Err(error @ DbError::Sqlx(_)) | Err(error @ DbError::TimedOut { .. })
-                if error.is_transient() && !shutdown.is_cancelled() =>
-            {
+            Err(error) if error.is_transient() => {
                 failures += 1;
                 let delay = WAIT_BACKOFF.jittered(failures);
                 tracing::warn!(%error, ?delay, "waiting for the database");
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
-                    () = shutdown.cancelled() => {}
+                    () = shutdown.cancelled() => return Ok(None),
                 }
             }
-            result => return result,
+            result => return result.map(Some),
         }
     }
 }

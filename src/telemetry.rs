@@ -5,8 +5,8 @@ use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// Said whatever the filter: the client library logs whole messages when the broker returns them, and payloads are
-/// never logged.
-const ALWAYS: &str = "lapin=error,refinery_core=warn,sqlx=warn";
+/// never logged; its errors we report ourselves.
+const ALWAYS: &str = "lapin=off,refinery_core=warn,sqlx=warn";
 
 /// Starts logging by a filter such as `info` or `oncebox=debug`.
 pub fn start(filter: &str) -> Result<(), ConfigError> {

@@ -93,8 +93,12 @@ async fn healthz() -> Json<Health> {
     )
 )]
 async fn readyz(State(database_url): State<Arc<String>>) -> Result<Json<Health>, Problem> {
-    let session =
-        SessionOptions { application_name: "oncebox serve", statement_timeout: READY_LIMIT, index_scans_only: false };
+    let session = SessionOptions {
+        application_name: "oncebox serve",
+        statement_timeout: READY_LIMIT,
+        idle_timeout: db::IDLE_TIMEOUT,
+        index_scans_only: false,
+    };
     let check = async {
         let mut conn = db::connect(&database_url, session).await?;
         migrate::check(&mut conn).await?;

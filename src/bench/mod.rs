@@ -1,8 +1,99 @@
-//! Benchmarks.
-/// x
-#[derive(Debug, clap::Args)]
-pub struct BenchArgs {}
-/// x
-pub async fn run(_: BenchArgs, _: &crate::config::Config) -> anyhow::Result<()> {
-    anyhow::bail!("x")
+//! `oncebox bench`: what the relay does, beside what a bare client does with the same messages in the same run.
+//!
+//! Everything happens in databases, exchanges and queues of its own, which are dropped afterwards. Absolute rates say
+//! something about the machine; the ratio says something about oncebox.
+
+mod latency;
+mod relay;
+
+use crate::config::Config;
+use crate::message::{Envelope, Headers, Message, MessageId, Position};
+use crate::migrate;
+use clap::{Args, Subcommand};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use uuid::Uuid;
+
+/// Arguments of `oncebox bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Drain of a backlog, beside a bare lapin publisher of the same messages
+    Relay(relay::RelayBench),
+    /// Commit to confirm at a given rate
+    Latency(latency::LatencyBench),
+}
+
+/// Runs a benchmark on the servers of the config and prints its table.
+pub async fn run(args: BenchArgs, config: &Config) -> anyhow::Result<()> {
+    match args.what {
+        What::Relay(bench) => relay::run(bench, config).await,
+        What::Latency(bench) => latency::run(bench, config).await,
+    }
+}
+
+/// A database with the schema, for one measurement.
+struct Scratch {
+    name: String,
+    url: String,
+    server_url: String,
+}
+
+impl Scratch {
+    async fn create(server_url: &str) -> anyhow::Result<Self> {
+        let name = format!("oncebox_bench_{}", Uuid::now_v7().simple());
+        PgConnection::connect(server_url).await?.execute(AssertSqlSafe(format!("create database {name}"))).await?;
+        let (base, options) = server_url.split_once('?').map_or((server_url, ""), |(base, options)| (base, options));
+        let base = base.rsplit_once('/').map_or(base, |(base, _)| base);
+        let url = format!("{base}/{name}?{options}");
+        migrate::migrate(&url).await?;
+        Ok(Self { name, url, server_url: server_url.to_owned() })
+    }
+
+    async fn drop(self) -> anyhow::Result<()> {
+        let drop = format!("drop database {} with (force)", self.name);
+        PgConnection::connect(&self.server_url).await?.execute(AssertSqlSafe(drop)).await?;
+        Ok(())
+    }
+}
+
+/// A message of the size and shape that the benchmarks publish.
+fn envelope(ordinal: i64, body: &str, keys: i64) -> Envelope {
+    let source = Uuid::nil();
+    Envelope {
+        message: Message {
+            id: MessageId(Uuid::now_v7()),
+            topic: "order.placed".to_owned(),
+            key: (keys > 0).then(|| format!("k{}", ordinal % keys)),
+            content_type: "application/json".to_owned(),
+            headers: Headers::new(),
+            body: body.as_bytes().to_vec(),
+            published_at_s: 1_700_000_000,
+        },
+        position: Position { source, stream: "order.placed#0".to_owned(), offset: ordinal },
+        ordinal,
+    }
+}
+
+/// A JSON text of so many bytes, as Postgres prints it.
+fn body(bytes: usize) -> String {
+    format!("{{\"text\": \"{}\"}}", "x".repeat(bytes.saturating_sub(12)))
+}
+
+/// CPU seconds of this process so far, user and system.
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or_default();
+    // Linux counts in hundredths for every architecture this runs on.
+    (ticks(11) + ticks(12)) / 100.0
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
 }

@@ -44,7 +44,7 @@ pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
         return Err(ConfigError { setting: "consumer".to_owned(), reason }.into());
     }
     let shutdown = supervise::shutdown_on_signal()?;
-    let conn = supervise::wait_for_database(&database_url, &shutdown).await?;
+    let Some(conn) = supervise::wait_for_database(&database_url, &shutdown).await? else { return Ok(()) };
     db::close(conn).await;
 
     let mut tasks = JoinSet::new();
@@ -64,7 +64,12 @@ pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
     }
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {
-        if let Err(error) = ended.context("a part of the process ended unexpectedly")? {
+        let ended = match ended.context("a part of the process ended unexpectedly") {
+            Ok(Ok(())) if !shutdown.is_cancelled() => Err(anyhow::anyhow!("a part of the process ended unexpectedly")),
+            Ok(result) => result,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
             shutdown.cancel();
             result = result.and(Err(error));
         }
@@ -107,8 +112,10 @@ async fn run_consumer(
     let broker = rabbitmq(&config, &format!("oncebox consume {}", consumer.name))?;
     let database_url = consumer.database_url.unwrap_or(database_url);
     let handler = SqlHandler::new(&consumer.sql_handler).with_context(|| name.clone())?;
-    let mut conn = supervise::wait_for_database(&database_url, &shutdown).await.with_context(|| name.clone())?;
-    handler.check(&mut conn).await?.with_context(|| format!("{name}: handler"))?;
+    let conn = supervise::wait_for_database(&database_url, &shutdown).await.with_context(|| name.clone())?;
+    let Some(mut conn) = conn else { return Ok(()) };
+    let checked = handler.check(&mut conn).await.with_context(|| format!("{name}: handler"))?;
+    checked.with_context(|| format!("{name}: handler"))?;
     db::close(conn).await;
     let options = ConsumerOptions {
         name: consumer.name,

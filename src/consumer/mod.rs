@@ -17,8 +17,9 @@ use crate::inbox::held;
 use crate::message::Delivery;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -80,6 +81,9 @@ pub enum ConsumerError {
     /// The broker's side.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+    /// A part of the consumer ended by itself, which none should: its last words are in the log.
+    #[error("a worker ended unexpectedly")]
+    WorkerEnded,
 }
 
 /// Work for a worker.
@@ -109,14 +113,14 @@ pub async fn run<B: Broker>(
     let options = Arc::new(options);
     let prefetch = (options.concurrency.max(1) * PREFETCH_PER_WORKER).min(4_096);
     let (settled_sender, settled) = mpsc::channel(prefetch);
-    let under_way = Arc::new(UnderWay::default());
+    let shared = Arc::new(Shared::default());
     let stop_workers = CancellationToken::new();
     let mut workers = JoinSet::new();
     let mut queues = Vec::new();
-    let mut shared = None;
+    let mut first = None;
     for number in 0..options.concurrency.max(1) {
         // By key every worker has a queue of its own; without order they share one.
-        let jobs = match (&shared, options.order) {
+        let jobs = match (&first, options.order) {
             (Some(jobs), Order::None) => Arc::clone(jobs),
             _ => {
                 let (sender, receiver) = mpsc::channel(prefetch + options.concurrency);
@@ -124,47 +128,79 @@ pub async fn run<B: Broker>(
                 Arc::new(tokio::sync::Mutex::new(receiver))
             }
         };
-        shared.get_or_insert_with(|| Arc::clone(&jobs));
+        first.get_or_insert_with(|| Arc::clone(&jobs));
         let worker = Worker::new(
             number,
             Arc::clone(&options),
             Arc::clone(&handler),
             jobs,
             settled_sender.clone(),
-            Arc::clone(&under_way),
+            Arc::clone(&shared),
         );
         workers.spawn(worker.run(stop_workers.clone()));
     }
     drop(settled_sender);
-    workers.spawn(retries(Arc::clone(&options), queues.clone(), Arc::clone(&under_way), stop_workers.clone()));
+    workers.spawn(retries(Arc::clone(&options), queues.clone(), Arc::clone(&shared), stop_workers.clone()));
 
-    let mut consuming = Consuming { broker, options: Arc::clone(&options), queues, settled, prefetch, session: 0 };
-    let result = consuming.run(&shutdown, stop_workers.clone()).await;
-    stop_workers.cancel();
-    let ended = async { while workers.join_next().await.is_some() {} };
-    if tokio::time::timeout(options.drain_deadline, ended).await.is_err() {
-        tracing::warn!(consumer = options.name, "the drain deadline passed: running handlers are rolled back");
-        workers.shutdown().await;
+    let mut consuming = Consuming {
+        broker,
+        options: Arc::clone(&options),
+        queues,
+        settled,
+        prefetch,
+        shared: Arc::clone(&shared),
+        session: 0,
+    };
+    let work = async {
+        let result = {
+            let consuming = consuming.run(&shutdown, &stop_workers);
+            tokio::pin!(consuming);
+            loop {
+                tokio::select! {
+                    result = &mut consuming => break result,
+                    Some(_) = workers.join_next() => if !stop_workers.is_cancelled() {
+                        break Err(ConsumerError::WorkerEnded);
+                    },
+                }
+            }
+        };
+        stop_workers.cancel();
+        while workers.join_next().await.is_some() {}
+        result
+    };
+    tokio::select! {
+        result = work => result,
+        () = deadline(&shutdown, options.drain_deadline) => {
+            tracing::warn!(consumer = options.name, "the drain deadline passed: running handlers are rolled back");
+            Ok(())
+        }
     }
-    result
 }
 
-/// Ids of waiting deliveries that workers have in hand.
+async fn deadline(shutdown: &CancellationToken, limit: Duration) {
+    shutdown.cancelled().await;
+    tokio::time::sleep(limit).await;
+}
+
+/// What the tasks of a consumer share.
 #[derive(Default)]
-struct UnderWay {
-    ids: Mutex<HashSet<Uuid>>,
-    /// One has ended: the next of its key may have its turn.
+struct Shared {
+    /// Number of the present session with the broker: jobs of earlier ones are delivered again.
+    session: AtomicU64,
+    /// Ids of waiting deliveries that workers have in hand.
+    under_way: Mutex<HashSet<Uuid>>,
+    /// One of those has ended: the next of its key may have its turn.
     ended: Notify,
 }
 
-impl UnderWay {
-    fn ids(&self) -> std::sync::MutexGuard<'_, HashSet<Uuid>> {
+impl Shared {
+    fn under_way(&self) -> std::sync::MutexGuard<'_, HashSet<Uuid>> {
         // A set of ids is whole after any panic.
-        self.ids.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn end(&self, id: Uuid) {
-        self.ids().remove(&id);
+        self.under_way().remove(&id);
         self.ended.notify_one();
     }
 }
@@ -187,6 +223,7 @@ struct Consuming<B> {
     queues: Vec<mpsc::Sender<Job>>,
     settled: mpsc::Receiver<Settled>,
     prefetch: usize,
+    shared: Arc<Shared>,
     session: u64,
 }
 
@@ -194,7 +231,7 @@ impl<B: Broker> Consuming<B> {
     async fn run(
         &mut self,
         shutdown: &CancellationToken,
-        stop_workers: CancellationToken,
+        stop_workers: &CancellationToken,
     ) -> Result<(), ConsumerError> {
         let spec = QueueSpec {
             name: self.options.queue.clone(),
@@ -213,14 +250,18 @@ impl<B: Broker> Consuming<B> {
             let error = match subscribed {
                 Ok(mut subscription) => {
                     self.session += 1;
+                    self.shared.session.store(self.session, Ordering::SeqCst);
+                    let began = Instant::now();
                     tracing::info!(consumer, queue = spec.name, "consuming");
-                    match self.consume(&mut subscription, shutdown, &stop_workers).await {
+                    match self.consume(&mut subscription, shutdown, stop_workers).await {
                         Ok(()) => {
                             subscription.close().await;
                             return Ok(());
                         }
                         Err(error) => {
-                            failures = 0;
+                            if began.elapsed() > RECONNECT_BACKOFF.cap {
+                                failures = 0;
+                            }
                             error
                         }
                     }
@@ -259,7 +300,7 @@ impl<B: Broker> Consuming<B> {
                     first = false;
                     for delivery in deliveries {
                         round += 1;
-                        self.hand_out(subscription, delivery, round).await?;
+                        self.hand_out(subscription, delivery, round, shutdown).await?;
                     }
                 }
                 settled = self.settled.recv() => match settled {
@@ -278,6 +319,7 @@ impl<B: Broker> Consuming<B> {
         subscription: &mut B::Subscription,
         delivery: Delivery,
         round: u64,
+        shutdown: &CancellationToken,
     ) -> Result<(), BrokerError> {
         let queue = self.queues[worker_of(delivery.key(), self.queues.len(), round)].clone();
         loop {
@@ -290,6 +332,8 @@ impl<B: Broker> Consuming<B> {
                     return Ok(());
                 }
                 Some(settled) = self.settled.recv() => self.acknowledge(subscription, settled).await?,
+                // Not handed out, not acknowledged: the broker delivers it again.
+                () = shutdown.cancelled() => return Ok(()),
             }
         }
     }
@@ -308,13 +352,13 @@ impl<B: Broker> Consuming<B> {
 async fn retries(
     options: Arc<ConsumerOptions>,
     queues: Vec<mpsc::Sender<Job>>,
-    under_way: Arc<UnderWay>,
+    shared: Arc<Shared>,
     stop: CancellationToken,
 ) {
     let mut failures = 0;
     while !stop.is_cancelled() {
         let result = tokio::select! {
-            result = look_for_retries(&options, &queues, &under_way) => result,
+            result = look_for_retries(&options, &queues, &shared) => result,
             () = stop.cancelled() => return,
         };
         failures += 1;
@@ -332,33 +376,34 @@ async fn retries(
 async fn look_for_retries(
     options: &ConsumerOptions,
     queues: &[mpsc::Sender<Job>],
-    under_way: &UnderWay,
+    shared: &Shared,
 ) -> Result<(), DbError> {
     let session = db::SessionOptions {
         application_name: "oncebox consume",
         statement_timeout: LOOK_LIMIT,
+        idle_timeout: db::IDLE_TIMEOUT,
         index_scans_only: false,
     };
     let mut conn = db::connect(&options.database_url, session).await?;
     let by_key = options.order == Order::Key;
     let mut round = 0;
     loop {
-        let busy: Vec<Uuid> = under_way.ids().iter().copied().collect();
+        let busy: Vec<Uuid> = shared.under_way().iter().copied().collect();
         let room = options.concurrency.max(1).saturating_sub(busy.len());
         if room > 0 {
             let look = held::due(&mut conn, &options.name, &busy, by_key, room as i64);
             for (id, key) in db::bounded("waiting deliveries", LOOK_LIMIT, look).await? {
                 round += 1;
-                under_way.ids().insert(id);
-                let queue = &queues[worker_of(key.as_deref(), queues.len(), round)];
-                if queue.send(Job::Retry(id)).await.is_err() {
-                    return Ok(());
+                shared.under_way().insert(id);
+                // A full queue: its worker has enough to do, and other keys must not wait for it.
+                if queues[worker_of(key.as_deref(), queues.len(), round)].try_send(Job::Retry(id)).is_err() {
+                    shared.under_way().remove(&id);
                 }
             }
         }
         tokio::select! {
             () = tokio::time::sleep(RETRY_LOOK) => {}
-            () = under_way.ended.notified() => {}
+            () = shared.ended.notified() => {}
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A job ends only when its outcome is committed: applied, held, or parked. Errors of the connection or the server
 //! are waited out and do not count as attempts; the handler's own failures do.
 
-use super::{ConsumerOptions, Job, Jobs, Order, Settled, UnderWay};
+use super::{ConsumerOptions, Job, Jobs, Order, Settled, Shared};
 use crate::backoff::Backoff;
 use crate::db::{self, DbError};
 use crate::failpoints;
@@ -11,8 +11,11 @@ use crate::inbox::handler::{Handler, HandlerError};
 use crate::inbox::held::{self, Reason};
 use crate::inbox::{self, Received, Reception};
 use crate::message::{Delivery, MessageId};
+use futures_util::FutureExt;
 use sqlx::{Connection, PgConnection};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +32,7 @@ pub(super) struct Worker {
     handler: Arc<dyn Handler>,
     jobs: Jobs,
     settled: mpsc::Sender<Settled>,
-    under_way: Arc<UnderWay>,
+    shared: Arc<Shared>,
     conn: Option<PgConnection>,
 }
 
@@ -37,6 +40,8 @@ pub(super) struct Worker {
 enum Failure {
     /// The handler's own: counts as an attempt.
     Handler(HandlerError),
+    /// The same, and it was cut off in the middle: the session cannot be used again.
+    CutOff(HandlerError),
     /// The connection's, the server's, or a conflict: the job is tried again as it is.
     Transient(DbError),
 }
@@ -49,7 +54,13 @@ impl From<DbError> for Failure {
 
 impl From<sqlx::Error> for Failure {
     fn from(error: sqlx::Error) -> Self {
-        Self::Transient(error.into())
+        match db::sqlstate(&error).as_deref() {
+            // Committing would roll back, and Postgres would not call that an error.
+            Some("25P02") => {
+                Self::Handler(HandlerError::Failed("a statement failed, and the handler went on".to_owned()))
+            }
+            _ => Self::Transient(error.into()),
+        }
     }
 }
 
@@ -60,9 +71,9 @@ impl Worker {
         handler: Arc<dyn Handler>,
         jobs: Jobs,
         settled: mpsc::Sender<Settled>,
-        under_way: Arc<UnderWay>,
+        shared: Arc<Shared>,
     ) -> Self {
-        Self { number, options, handler, jobs, settled, under_way, conn: None }
+        Self { number, options, handler, jobs, settled, shared, conn: None }
     }
 
     /// Works until stopped; a job that has begun is finished first.
@@ -77,6 +88,8 @@ impl Worker {
                 },
             };
             match job {
+                // The broker delivers it again in the present session.
+                Job::Delivery { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
                 Job::Delivery { session, delivery } => {
                     let tag = delivery.tag;
                     if self.deliver(delivery, &stop).await && self.settled.send(Settled { session, tag }).await.is_err()
@@ -86,7 +99,7 @@ impl Worker {
                 }
                 Job::Retry(id) => {
                     self.retry(id, &stop).await;
-                    self.under_way.end(id);
+                    self.shared.end(id);
                 }
             }
         }
@@ -110,7 +123,7 @@ impl Worker {
         loop {
             match self.apply(&message).await {
                 Ok(()) => return true,
-                Err(Failure::Handler(error)) => {
+                Err(Failure::Handler(error) | Failure::CutOff(error)) => {
                     let retry_in = self.options.backoff.jittered(1);
                     let reason = Reason::of_failure(&error, 1, self.options.max_attempts, retry_in);
                     tracing::warn!(
@@ -131,14 +144,14 @@ impl Worker {
     async fn apply(&mut self, message: &Received) -> Result<(), Failure> {
         let by_key = self.options.order == Order::Key;
         let (consumer, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
-        let limit = self.options.handler_timeout + MARGIN;
+        let limit = self.options.handler_timeout + 2 * MARGIN;
         let conn = self.session().await?;
         let work = async {
             let mut transaction = conn.begin().await?;
             match inbox::receive(&mut transaction, &consumer.name, message, by_key).await.map_err(accept_error)? {
                 Reception::New => {
                     failpoints::pass("consumer.accepted");
-                    handler.handle(&mut transaction, message).await.map_err(handler_failure)?;
+                    run(&*handler, &mut transaction, message, &consumer).await?;
                     failpoints::pass("consumer.handled");
                 }
                 Reception::BehindKey => {
@@ -161,7 +174,7 @@ impl Worker {
         loop {
             let error = match self.apply_held(id).await {
                 Ok(()) => return,
-                Err((Failure::Handler(error), attempts)) => {
+                Err((Failure::Handler(error) | Failure::CutOff(error), attempts)) => {
                     let retry_in = self.options.backoff.jittered(attempts + 1);
                     let reason = Reason::of_failure(&error, attempts + 1, self.options.max_attempts, retry_in);
                     tracing::warn!(
@@ -185,7 +198,7 @@ impl Worker {
     async fn apply_held(&mut self, id: Uuid) -> Result<(), (Failure, u32)> {
         let by_key = self.options.order == Order::Key;
         let (consumer, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
-        let limit = self.options.handler_timeout + MARGIN;
+        let limit = self.options.handler_timeout + 2 * MARGIN;
         let mut attempts = 0;
         let conn = self.session().await.map_err(|error| (error.into(), 0))?;
         let work = async {
@@ -198,7 +211,7 @@ impl Worker {
             let position = message.position.as_ref();
             let accepted = inbox::accept(&mut transaction, &consumer.name, message.id, position).await;
             if accepted.map_err(accept_error)? {
-                handler.handle(&mut transaction, &message).await.map_err(handler_failure)?;
+                run(&*handler, &mut transaction, &message, &consumer).await?;
                 failpoints::pass("consumer.retry_handled");
             }
             held::forget(&mut transaction, &consumer.name, id).await?;
@@ -255,6 +268,11 @@ impl Worker {
                 let session = db::SessionOptions {
                     application_name: "oncebox consume",
                     statement_timeout: self.options.handler_timeout,
+                    idle_timeout: match self.handler.is_one_statement() {
+                        true => db::IDLE_TIMEOUT,
+                        // It may wait for something else inside the transaction.
+                        false => self.options.handler_timeout + 2 * MARGIN,
+                    },
                     index_scans_only: false,
                 };
                 db::connect(&self.options.database_url, session).await?
@@ -281,12 +299,38 @@ impl Worker {
     /// Waits before the same job is tried again; false if the worker is to stop.
     async fn wait_out(&self, error: &DbError, failures: u32, stop: &CancellationToken) -> bool {
         let delay = TRANSIENT_BACKOFF.jittered(failures);
-        tracing::warn!(consumer = self.options.name, worker = self.number, %error, ?delay, "the database is not ready");
+        tracing::warn!(consumer = self.options.name, worker = self.number, %error, ?delay, "not done, for no fault of the handler");
         tokio::select! {
             () = tokio::time::sleep(delay) => true,
             () = stop.cancelled() => false,
         }
     }
+}
+
+/// Runs the handler, however it ends, and makes sure that its transaction stands.
+async fn run(
+    handler: &dyn Handler,
+    conn: &mut PgConnection,
+    message: &Received,
+    options: &ConsumerOptions,
+) -> Result<(), Failure> {
+    let failed = |text: String| HandlerError::Failed(text);
+    // A statement that runs too long is ended by the server, a moment earlier.
+    let limit = options.handler_timeout + MARGIN;
+    let handling = AssertUnwindSafe(async { handler.handle(conn, message).await }).catch_unwind();
+    match tokio::time::timeout(limit, handling).await {
+        Ok(Ok(result)) => result.map_err(handler_failure)?,
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            return Err(Failure::CutOff(failed(format!("the handler panicked: {text}"))));
+        }
+        Err(_) => return Err(Failure::CutOff(failed(format!("the handler ran longer than {limit:?}")))),
+    }
+    if !handler.is_one_statement() && !inbox::is_accepted(conn, &options.name, message.id).await? {
+        return Err(Failure::CutOff(failed("the handler ended the transaction it ran in".to_owned())));
+    }
+    Ok(())
 }
 
 async fn within(limit: Duration, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {

@@ -28,7 +28,15 @@ pub type Handling<'a> = Pin<Box<dyn Future<Output = Result<(), HandlerError>> + 
 pub trait Handler: Send + Sync + 'static {
     /// Does the work on `conn`, which is inside the transaction of `accept`: do not commit or roll it back. What is
     /// written there, outbox rows included, happens exactly once; any other effect may happen again after a crash.
+    ///
+    /// A panic, and a statement that failed and was passed over, count as [`HandlerError::Failed`].
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a>;
+
+    /// True when handling is one statement and nothing else: then nothing but the database is waited for inside the
+    /// transaction, and no error can be passed over.
+    fn is_one_statement(&self) -> bool {
+        false
+    }
 }
 
 /// Calls `f(message_id uuid, topic text, payload jsonb, headers jsonb) returns void`; raising means failed.
@@ -94,6 +102,10 @@ impl SqlHandler {
 }
 
 impl Handler for SqlHandler {
+    fn is_one_statement(&self) -> bool {
+        true
+    }
+
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
         Box::pin(async move {
             let payload = jsonb_text(&message.body).map_err(|why| HandlerError::Park(format!("the payload {why}")))?;

@@ -58,7 +58,9 @@ const HOLD: &str = "
         content_type, headers, body)
     select
         $1, $2, $3, $4, $5, $6, clock_timestamp() + make_interval(secs => $7), $8, $9, $10, $11, $12, $13, $14, $15
-    where not exists (select from oncebox.inbox as i where i.consumer = $1 and i.message_id = $2)
+    where not exists (
+        select from oncebox.inbox as i
+        where i.leaf = any (array[oncebox.inbox_day_leaf($2), 16]) and i.consumer = $1 and i.message_id = $2)
     on conflict (consumer, message_id) do nothing";
 
 /// Holds a delivery; once this is committed it may be acknowledged. One that is held already stays as it is.
@@ -104,15 +106,34 @@ fn storable(headers: &Headers) -> Headers {
     headers.iter().map(|(name, value)| (name.replace('\0', "\u{fffd}"), clean(value))).collect()
 }
 
+// One index probe for each key that waits, not one for each delivery.
+const DUE_BY_KEY: &str = "
+    with recursive waiting_key(key) as (
+        select min(h.key) from oncebox.inbox_held as h where h.consumer = $1 and h.state = 'waiting'
+        union all
+        select (
+            select min(h.key) from oncebox.inbox_held as h
+            where h.consumer = $1 and h.state = 'waiting' and h.key > waiting_key.key)
+        from waiting_key where waiting_key.key is not null
+    ), head as (
+        select h.* from waiting_key cross join lateral (
+            select h.message_id, h.key, h.n, h.next_at from oncebox.inbox_held as h
+            where h.consumer = $1 and h.state = 'waiting' and h.key = waiting_key.key
+            order by h.n limit 1) as h
+        union all
+        select h.message_id, h.key, h.n, h.next_at from oncebox.inbox_held as h
+        where h.consumer = $1 and h.state = 'waiting' and h.key is null
+    )
+    select message_id, key from head
+    where next_at <= clock_timestamp() and message_id <> all($2)
+    order by n limit $3";
+
 const DUE: &str = "
     select h.message_id, h.key from oncebox.inbox_held as h
     where h.consumer = $1 and h.state = 'waiting' and h.next_at <= clock_timestamp() and h.message_id <> all($2)
-        and (not $3 or h.key is null or not exists (
-            select from oncebox.inbox_held as e
-            where e.consumer = h.consumer and e.state = 'waiting' and e.key = h.key and e.n < h.n))
-    order by h.n limit $4";
+    order by h.next_at, h.n limit $3";
 
-/// Ids and keys of the deliveries whose turn has come, oldest first, without those `under_way`.
+/// Ids and keys of the deliveries whose turn has come, without those `under_way`; `by_key` only the first of each key.
 pub async fn due(
     conn: &mut PgConnection,
     consumer: &str,
@@ -120,7 +141,8 @@ pub async fn due(
     by_key: bool,
     limit: i64,
 ) -> Result<Vec<(Uuid, Option<String>)>, sqlx::Error> {
-    sqlx::query_as(DUE).bind(consumer).bind(under_way).bind(by_key).bind(limit).fetch_all(conn).await
+    let query = sqlx::query_as(if by_key { DUE_BY_KEY } else { DUE });
+    query.bind(consumer).bind(under_way).bind(limit).fetch_all(conn).await
 }
 
 // Locked, and looked at again under the lock: another process may have had the same idea.
@@ -199,4 +221,4 @@ pub async fn record(
 }
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[HOLD, DUE, CLAIM, FORGET, RECORD];
+pub const STATEMENTS: &[&str] = &[HOLD, DUE_BY_KEY, DUE, CLAIM, FORGET, RECORD];

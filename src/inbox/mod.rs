@@ -33,6 +33,11 @@ pub struct Received {
 /// Namespace of the ids made from other producers' text ids.
 const TEXT_IDS: Uuid = Uuid::from_u128(0x8f1c_6a3e_52d4_4b0e_9d57_0c2b_7a61_e4f3);
 
+/// Longest key: what `oncebox.publish` allows.
+const MAX_KEY_BYTES: usize = 255;
+/// Longest stream: a topic, `#` and a lane.
+const MAX_STREAM_BYTES: usize = 262;
+
 impl Received {
     /// Reads a delivery. An id that is no uuid becomes a version 5 uuid of its text, the same at every delivery.
     /// Without any id there is nothing to deduplicate by: the delivery comes back.
@@ -46,12 +51,14 @@ impl Received {
 
     /// Reads a delivery under an id given from outside.
     pub fn with_id(id: MessageId, delivery: Delivery) -> Self {
-        // Postgres cannot store a NUL character, and no message of ours has one.
+        // Postgres cannot store a NUL character, and no message of ours has one. What is longer than ours can be is not
+        // ours, and would not fit into an index.
         let storable = |text: &str| text.replace('\0', "\u{fffd}");
+        let position = delivery.position().filter(|at| at.stream.len() <= MAX_STREAM_BYTES);
         Self {
             id,
-            position: delivery.position().map(|at| Position { stream: storable(&at.stream), ..at }),
-            key: delivery.key().map(storable),
+            position: position.map(|at| Position { stream: storable(&at.stream), ..at }),
+            key: delivery.key().filter(|key| key.len() <= MAX_KEY_BYTES).map(storable),
             topic: storable(&delivery.topic),
             content_type: delivery.content_type.as_deref().map(storable),
             headers: delivery.headers,
@@ -83,6 +90,17 @@ pub async fn accept(
         .bind(position.map(|at| at.offset))
         .fetch_one(conn)
         .await
+}
+
+const IS_ACCEPTED: &str = "
+    select exists (
+        select from oncebox.inbox as i
+        where i.leaf = any (array[oncebox.inbox_day_leaf($2), 16]) and i.consumer = $1 and i.message_id = $2)";
+
+/// Whether the transaction, which accepted the message, still stands: no statement of it has failed, and the handler
+/// has not ended it.
+pub async fn is_accepted(conn: &mut PgConnection, consumer: &str, id: MessageId) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(IS_ACCEPTED).bind(consumer).bind(id.0).fetch_one(conn).await
 }
 
 /// What is to be done with a delivery.
@@ -136,4 +154,4 @@ pub async fn receive(
 }
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[ACCEPT, RECEIVE];
+pub const STATEMENTS: &[&str] = &[ACCEPT, IS_ACCEPTED, RECEIVE];

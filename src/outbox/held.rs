@@ -72,7 +72,7 @@ const HOLD: &str = "
         join oncebox.outbox as o on o.lane = $1 and o.seq = l.seq
         on conflict (lane, seq) do nothing
     )
-    select count(*) from lease";
+    select (select count(*) from lease), (select count(*) from leaving as l join oncebox.outbox as o on o.lane = $1 and o.seq = l.seq)";
 
 /// Moves messages out of the log's order. On return they are durable here, and the log may settle past them.
 pub async fn hold(
@@ -82,7 +82,7 @@ pub async fn hold(
     leaving: &[(LogPlace, &Envelope, &Reason)],
 ) -> Result<(), DbError> {
     let columns: Vec<_> = leaving.iter().map(|(_, _, reason)| reason.columns()).collect();
-    let query = sqlx::query_scalar(HOLD)
+    let query = sqlx::query_as(HOLD)
         .bind(lane)
         .bind(epoch)
         .bind(leaving.iter().map(|(place, ..)| place.n).collect::<Vec<_>>())
@@ -96,8 +96,16 @@ pub async fn hold(
         .bind(leaving.iter().map(|(_, envelope, _)| envelope.position.stream.as_str()).collect::<Vec<_>>())
         .bind(leaving.iter().map(|(_, envelope, _)| envelope.position.offset).collect::<Vec<_>>())
         .bind(leaving.iter().map(|(_, envelope, _)| envelope.ordinal).collect::<Vec<_>>());
-    let leases: i64 = db::bounded("holding messages", LIMIT, query.fetch_one(conn)).await?;
-    if leases == 1 { Ok(()) } else { Err(DbError::LeaseLost { lane }) }
+    let (leases, found): (i64, i64) = db::bounded("holding messages", LIMIT, query.fetch_one(conn)).await?;
+    if leases != 1 {
+        return Err(DbError::LeaseLost { lane });
+    }
+    if found != leaving.len() as i64 {
+        let reason =
+            format!("{} of {} rows to be held are not in the log", leaving.len() as i64 - found, leaving.len());
+        return Err(DbError::JournalBroken { lane, n: leaving.first().map_or(0, |(place, ..)| place.n), reason });
+    }
+    Ok(())
 }
 
 /// A waiting message whose turn has come.
@@ -113,14 +121,29 @@ pub struct Due {
     pub expired: bool,
 }
 
+// One index probe for each key that waits, not one for each message.
 const DUE: &str = "
+    with recursive waiting_key(key) as (
+        select min(h.key) from oncebox.outbox_held as h where h.lane = $1 and h.state = 'waiting'
+        union all
+        select (
+            select min(h.key) from oncebox.outbox_held as h
+            where h.lane = $1 and h.state = 'waiting' and h.key > waiting_key.key)
+        from waiting_key where waiting_key.key is not null
+    ), head(seq) as (
+        select (
+            select h.seq from oncebox.outbox_held as h
+            where h.lane = $1 and h.state = 'waiting' and h.key = waiting_key.key
+            order by h.seq limit 1)
+        from waiting_key
+        union all
+        select h.seq from oncebox.outbox_held as h where h.lane = $1 and h.state = 'waiting' and h.key is null
+    )
     select h.seq, h.attempts, coalesce(h.expires_at <= clock_timestamp(), false), h.source, h.stream, h.\"offset\",
-        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint, h.ordinal
-    from oncebox.outbox_held as h
-    where h.lane = $1 and h.state = 'waiting' and h.next_at <= clock_timestamp() and h.seq <> all($2)
-        and (h.key is null or not exists (
-            select from oncebox.outbox_held as e
-            where e.lane = h.lane and e.state = 'waiting' and e.key = h.key and e.seq < h.seq))
+        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint,
+        h.ordinal
+    from head join oncebox.outbox_held as h on h.lane = $1 and h.seq = head.seq
+    where h.next_at <= clock_timestamp() and h.seq <> all($2)
     order by h.seq limit $3";
 
 /// The due messages that no earlier one of their key holds up, oldest first, without those in `sent`.

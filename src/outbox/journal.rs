@@ -38,9 +38,12 @@ pub struct Plan {
     pub p2: String,
     /// Last value of the sequence, read before `p2` was assigned.
     pub q2: i64,
+    /// Last value of the sequence, read after `s2`: where the window's rows end.
+    pub q_top: i64,
 }
 
-/// A place in the log: the window, and the sequence number in it up to which everything is read, or settled.
+/// A place in the log: the window, and the sequence number in it up to which everything is read, or settled. The end of
+/// a window is the beginning of the next, with sequence number 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LogPlace {
     /// Number of the window.
@@ -74,9 +77,10 @@ pub struct Resume {
 // Settled places are saved with every plan and, when none is made for a while, with the lease.
 const NEWEST: &str = "
     select p.n, s.n, s.seq,
-        (select max(k.n) from oncebox.outbox_plan as k where k.lane = $1 and k.keyframe and k.n <= s.n)
+        (select max(k.n) from oncebox.outbox_plan as k where k.lane = $1 and k.keyframe and k.n <= s.n),
+        pg_snapshot_xmax(p.s2) > pg_snapshot_xmax(pg_current_snapshot())
     from (
-        select n, settled_n, settled_seq from oncebox.outbox_plan where lane = $1 order by n desc limit 1
+        select n, s2, settled_n, settled_seq from oncebox.outbox_plan where lane = $1 order by n desc limit 1
     ) as p
     join oncebox.outbox_lease as l on l.lane = $1
     cross join lateral (
@@ -85,7 +89,7 @@ const NEWEST: &str = "
     ) as s";
 
 const SINCE: &str = "
-    select n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases
+    select n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top
     from oncebox.outbox_plan
     where lane = $1 and n between $2 and $3
     order by n";
@@ -96,7 +100,16 @@ pub async fn resume(conn: &mut PgConnection, lane: i16) -> Result<Resume, DbErro
     let newest = sqlx::query(NEWEST).bind(lane).fetch_optional(&mut *conn);
     let newest = db::bounded("the newest plan", LIMIT, newest).await?;
     let newest = newest.ok_or_else(|| broken(0, "the first plan is missing"))?;
-    let (tail, settled): (i64, _) = (newest.try_get(0)?, LogPlace { n: newest.try_get(1)?, seq: newest.try_get(2)? });
+    let tail: i64 = newest.try_get(0)?;
+    let mut settled = LogPlace { n: newest.try_get(1)?, seq: newest.try_get(2)? };
+    if newest.try_get(4)? {
+        // A restored database: windows recorded before would hide rows from every later one.
+        return Err(broken(tail, "the database's transaction ids have moved backwards since it was recorded"));
+    }
+    if settled.n > tail {
+        // The newest window is settled to its end, and nobody has recorded the counters behind it.
+        settled = LogPlace { n: tail, seq: i64::MAX };
+    }
     let keyframe: Option<i64> = newest.try_get(3)?;
     let keyframe = keyframe.ok_or_else(|| broken(settled.n, "no plan up to here records all counters"))?;
 
@@ -134,6 +147,7 @@ fn recorded(lane: i16, row: &PgRow) -> Result<RecordedPlan, DbError> {
             s2: row.try_get(5)?,
             p2: row.try_get(6)?,
             q2: row.try_get(7)?,
+            q_top: row.try_get(10)?,
         },
         streams: row.try_get(8)?,
         bases: row.try_get(9)?,
@@ -181,13 +195,13 @@ const APPEND: &str = "
         select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update
     )
     insert into oncebox.outbox_plan (
-        lane, n, source, s1, p1, q1, s2, p2, q2, settled_n, settled_seq, keyframe, streams, bases, planned_at)
+        lane, n, source, s1, p1, q1, s2, p2, q2, q_top, settled_n, settled_seq, keyframe, streams, bases, planned_at)
     select
         p.lane, p.n + 1, p.source, p.s2, p.p2, p.q2, pg_current_snapshot(), pg_current_xact_id(), $4,
-        $5, $6, $7, $8, $9, clock_timestamp()
+        (select last_value from oncebox.outbox_seq), $5, $6, $7, $8, $9, clock_timestamp()
     from lease join oncebox.outbox_plan as p on p.lane = lease.lane
     where p.n = $3
-    returning n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases";
+    returning n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top";
 
 /// What a new plan records besides its window.
 #[derive(Debug)]

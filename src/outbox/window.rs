@@ -42,7 +42,7 @@ const READ: &str = concat!(
         extract(epoch from o.published_at)::bigint,
         extract(epoch from o.expires_at - clock_timestamp())::float8
     from oncebox.outbox as o
-    where o.lane = $1 and o.seq > greatest($4, $6)
+    where o.lane = $1 and o.seq > greatest($4::bigint, $6::bigint) and o.seq <= $8
         and pg_visible_in_snapshot(o.xid, $5::text::pg_snapshot)
         and not pg_visible_in_snapshot(o.xid, $2::text::pg_snapshot)
     order by o.seq limit $7)
@@ -80,6 +80,7 @@ pub async fn read(
             .bind(&plan.s2)
             .bind(after)
             .bind(limit)
+            .bind(plan.q_top)
             .fetch(conn);
         while bytes <= max_bytes {
             let Some(row) = stream.try_next().await? else {
@@ -121,22 +122,28 @@ const COUNT: &str = concat!(
     "with recursive ",
     open_then!("$2", "$3"),
     "select topic, count(*) from (
-        select o.topic from oncebox.outbox as o
-        where o.lane = $1 and o.seq > $4 and o.seq <= $6
+        select o.topic, o.seq from oncebox.outbox as o
+        where o.lane = $1 and o.seq > $4 and o.seq <= least($6::bigint, $7::bigint)
             and pg_visible_in_snapshot(o.xid, $5::text::pg_snapshot)
             and not pg_visible_in_snapshot(o.xid, $2::text::pg_snapshot)
         union all
-        select o.topic from open_then as t join oncebox.outbox as o on o.lane = $1 and o.xid = t.xid
+        select o.topic, o.seq from open_then as t join oncebox.outbox as o on o.lane = $1 and o.xid = t.xid
         where o.seq <= $4 and o.seq <= $6 and pg_visible_in_snapshot(t.xid, $5::text::pg_snapshot)
     ) as o
-    group by topic order by min(topic)"
+    group by topic order by min(seq)"
 );
 
-/// How many rows of each topic the window holds up to sequence number `upto`: what a relay that resumes in the
-/// middle of a window passes over.
+/// How many rows of each topic the window holds up to sequence number `upto`, topics in the order of their first rows:
+/// what a relay that resumes in the middle of a window passes over.
 pub async fn count_upto(conn: &mut PgConnection, plan: &Plan, upto: i64) -> Result<Vec<(String, i64)>, DbError> {
-    let query =
-        sqlx::query_as(COUNT).bind(plan.lane).bind(&plan.s1).bind(&plan.p1).bind(plan.q1).bind(&plan.s2).bind(upto);
+    let query = sqlx::query_as(COUNT)
+        .bind(plan.lane)
+        .bind(&plan.s1)
+        .bind(&plan.p1)
+        .bind(plan.q1)
+        .bind(&plan.s2)
+        .bind(upto)
+        .bind(plan.q_top);
     db::bounded("a window's counts", LIMIT, query.fetch_all(conn)).await
 }
 

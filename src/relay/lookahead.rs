@@ -41,7 +41,10 @@ enum State {
 
 #[derive(Debug)]
 struct Entry {
-    item: Item,
+    /// Settled up to here once this and all before it are done.
+    place: LogPlace,
+    /// Nothing for a mark.
+    item: Option<Item>,
     state: State,
 }
 
@@ -103,10 +106,13 @@ impl Lookahead {
         let ticket = self.first + self.entries.len() as Ticket;
         self.bytes += item.envelope.message.body.len();
         let key = item.key().map(str::to_owned);
-        self.entries.push_back(Entry { item, state: State::Unsent });
+        self.entries.push_back(Entry { place: item.place, item: Some(item), state: State::Unsent });
         match key {
             None => self.ready.push_back(ticket),
-            Some(key) if self.held_keys.contains(&key) => self.leave(ticket, Reason::BehindKey),
+            // Behind the held ones, unless others of the key wait here: an operator's retry must not part them.
+            Some(key) if self.held_keys.contains(&key) && !self.keys.contains_key(&key) => {
+                self.leave(ticket, Reason::BehindKey);
+            }
             Some(key) => {
                 self.keys.entry(key.clone()).or_default().behind.push_back(ticket);
                 self.give_turns(&key);
@@ -114,12 +120,10 @@ impl Lookahead {
         }
     }
 
-    /// Passes over a message that is held already.
-    pub fn push_settled(&mut self, item: Item) {
-        self.bytes += item.envelope.message.body.len();
-        let ticket = self.first + self.entries.len() as Ticket;
-        self.entries.push_back(Entry { item, state: State::Unsent });
-        self.finish(ticket);
+    /// Passes over what needs no sending: a message that is held already, the end of a window.
+    pub fn push_settled(&mut self, place: LogPlace) {
+        self.entries.push_back(Entry { place, item: None, state: State::Done });
+        self.settle();
     }
 
     /// The next message that may be sent; it counts as in flight from here on.
@@ -136,7 +140,8 @@ impl Lookahead {
 
     /// A message by its ticket.
     pub fn item(&self, ticket: Ticket) -> &Item {
-        &self.entries[(ticket - self.first) as usize].item
+        let item = self.entries[(ticket - self.first) as usize].item.as_ref();
+        item.expect("a ticket names a message that is not done")
     }
 
     /// The broker has taken responsibility for a message in flight.
@@ -166,12 +171,9 @@ impl Lookahead {
 
     /// Messages to be written to the held ones, in log order of their keys; call [`left`](Self::left) afterwards.
     pub fn leaving(&self) -> impl ExactSizeIterator<Item = (&Item, &Reason)> {
-        self.leaving.iter().map(|ticket| {
-            let entry = &self.entries[(*ticket - self.first) as usize];
-            match &entry.state {
-                State::Leaving(reason) => (&entry.item, reason),
-                other => unreachable!("a message that leaves is {other:?}"),
-            }
+        self.leaving.iter().map(|ticket| match &self.entries[(*ticket - self.first) as usize].state {
+            State::Leaving(reason) => (self.item(*ticket), reason),
+            other => unreachable!("a message that leaves is {other:?}"),
         })
     }
 
@@ -235,12 +237,16 @@ impl Lookahead {
     fn finish(&mut self, ticket: Ticket) {
         let entry = self.entry(ticket);
         entry.state = State::Done;
-        let body = std::mem::take(&mut entry.item.envelope.message.body);
-        self.bytes -= body.len();
+        let item = entry.item.take().expect("a message is finished once");
+        self.bytes -= item.envelope.message.body.len();
+        self.settle();
+    }
+
+    fn settle(&mut self) {
         while let Some(entry) = self.entries.front()
             && entry.state == State::Done
         {
-            self.settled = entry.item.place;
+            self.settled = entry.place;
             self.entries.pop_front();
             self.first += 1;
         }
@@ -339,6 +345,33 @@ mod tests {
         assert_eq!(sent, [0, 2, 3]);
         lookahead.confirm(0);
         assert_eq!(lookahead.next(), Some(1));
+    }
+
+    /// Goal: a parked message that an operator sends again parts no messages of its key that are under way.
+    #[test]
+    fn a_retry_does_not_part_a_busy_key() {
+        let mut lookahead = Lookahead::new(1, START, HashSet::new());
+        for seq in 5..=7 {
+            lookahead.push(item(seq, Some(1)));
+        }
+        assert_eq!(lookahead.next(), Some(0));
+        lookahead.keep_held_keys(HashSet::from(["1".to_owned()]));
+        lookahead.push(item(8, Some(1)));
+        assert_eq!(lookahead.leaving().len(), 0, "8 would overtake 6 and 7");
+    }
+
+    /// Goal: the end of a window settles only after everything before it.
+    #[test]
+    fn windows_end_when_their_messages_are_settled() {
+        let mut lookahead = Lookahead::new(1, START, HashSet::new());
+        lookahead.push(item(1, None));
+        lookahead.push_settled(LogPlace { n: 2, seq: 0 });
+        let ticket = lookahead.next().expect("its turn");
+        assert_eq!(lookahead.settled(), START);
+        lookahead.confirm(ticket);
+        assert_eq!(lookahead.settled(), LogPlace { n: 2, seq: 0 });
+        lookahead.push_settled(LogPlace { n: 3, seq: 0 });
+        assert_eq!((lookahead.settled().n, lookahead.len()), (3, 0));
     }
 
     /// Goal: messages of a key that is held when the lane is taken follow it there.

@@ -103,6 +103,7 @@ async fn connect(options: &RelayOptions) -> Result<sqlx::PgConnection, DbError> 
     let session = db::SessionOptions {
         application_name: "oncebox relay",
         statement_timeout: STATEMENT_TIMEOUT,
+        idle_timeout: db::IDLE_TIMEOUT,
         index_scans_only: true,
     };
     db::connect(&options.database_url, session).await
@@ -170,15 +171,15 @@ impl<B: Broker> Lane<B> {
 
         let (lease_sender, lease_receiver) = watch::channel(lease);
         let (settled_sender, settled) = watch::channel(from);
-        let (items_sender, items) = mpsc::channel(PAGES_AHEAD);
+        let (pages_sender, pages) = mpsc::channel(PAGES_AHEAD);
         let reader = connect(&self.options).await?;
-        let reader = Reader::resume(reader, lease.epoch, resume, settled.clone(), items_sender).await?;
+        let reader = Reader::resume(reader, lease.epoch, resume, settled.clone(), pages_sender).await?;
         let publishing = Publishing {
             broker: &*self.broker,
             options: &self.options,
             conn: connect(&self.options).await?,
             lease: lease_receiver,
-            items,
+            pages,
             settled: settled_sender,
             drain: self.shutdown.clone(),
             already_held,

@@ -4,7 +4,8 @@
 //! replaced, and what had no outcome is sent again; a message that made the broker close the channel is found by
 //! sending the suspects one at a time.
 
-use super::lookahead::{Item, Lookahead, Ticket};
+use super::lookahead::{Lookahead, Ticket};
+use super::reader::Page;
 use super::{RelayError, RelayOptions};
 use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, Outcome, Publisher};
@@ -35,7 +36,7 @@ const HELD_TICKET: Ticket = 1 << 63;
 /// Delay before a nacked message is sent again.
 const NACK_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(10) };
 /// Delay before a new session with the broker.
-const SESSION_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
+const SESSION_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(2) };
 /// The channel was closed because of a message, not of the broker's state: precondition failed, content too large.
 const REFUSALS: [u16; 2] = [406, 311];
 
@@ -44,7 +45,7 @@ pub(crate) struct Publishing<'a, B> {
     pub options: &'a RelayOptions,
     pub conn: PgConnection,
     pub lease: watch::Receiver<Lease>,
-    pub items: mpsc::Receiver<Vec<Item>>,
+    pub pages: mpsc::Receiver<Page>,
     pub settled: watch::Sender<LogPlace>,
     /// Cancelled: take no more from the log, wait for what is in flight, end.
     pub drain: CancellationToken,
@@ -61,6 +62,10 @@ struct Held {
     in_flight: HashMap<Ticket, Due>,
     next_ticket: Ticket,
     next_look: Option<Instant>,
+    /// When the waiting ones and their keys were counted.
+    counted_at: Option<Instant>,
+    /// One of these, by sequence number, may have made the broker close the channel.
+    suspects: HashSet<i64>,
 }
 
 impl<B: Broker> Publishing<'_, B> {
@@ -129,9 +134,13 @@ impl<B: Broker> Publishing<'_, B> {
                 }
                 ([], [alone]) => {
                     let lease = *self.lease.borrow();
+                    held.suspects.remove(&alone.seq);
                     held::record(&mut self.conn, lease.lane, lease.epoch, alone.seq, &Reason::Refused(text)).await?;
                 }
-                (several, _) => suspects.extend(several),
+                (several, held_too) => {
+                    suspects.extend(several);
+                    held.suspects.extend(held_too.iter().map(|due| due.seq));
+                }
             }
         }
         self.lookahead.unsend();
@@ -179,8 +188,8 @@ impl<B: Broker> Publishing<'_, B> {
                     self.settle(&mut outcomes, held, suspects).await?;
                     failpoints::pass("relay.confirmed");
                 }
-                items = self.items.recv(), if open && room && !self.drain.is_cancelled() => match items {
-                    Some(items) => self.take_in(items),
+                page = self.pages.recv(), if open && room && !self.drain.is_cancelled() => match page {
+                    Some(page) => self.take_in(page),
                     None => open = false,
                 },
                 () = tokio::time::sleep_until(look.into()), if !self.drain.is_cancelled() => {
@@ -200,13 +209,16 @@ impl<B: Broker> Publishing<'_, B> {
         !self.drain.is_cancelled() && Instant::now() < self.lease.borrow().valid_until
     }
 
-    fn take_in(&mut self, items: Vec<Item>) {
-        for item in items {
+    fn take_in(&mut self, page: Page) {
+        for item in page.items {
             if self.already_held.remove(&item.place) {
-                self.lookahead.push_settled(item);
+                self.lookahead.push_settled(item.place);
             } else {
                 self.lookahead.push(item);
             }
+        }
+        if let Some(end) = page.end {
+            self.lookahead.push_settled(end);
         }
     }
 
@@ -217,8 +229,10 @@ impl<B: Broker> Publishing<'_, B> {
         suspects: &mut BTreeSet<Ticket>,
     ) -> Result<(), RelayError> {
         let mut sent = 0;
-        // Suspects come first, alone, and so does whatever else has its turn until the last of them is settled.
-        while publisher.capacity() > 0 && (suspects.is_empty() || publisher.unconfirmed() == 0) {
+        // Suspects come first, alone, and so does whatever else has its turn until the last of them is settled; then
+        // the held ones among them.
+        let held_first = suspects.is_empty() && !held.suspects.is_empty();
+        while publisher.capacity() > 0 && !held_first && (suspects.is_empty() || publisher.unconfirmed() == 0) {
             let Some(ticket) = self.lookahead.next() else { break };
             let item = self.lookahead.item(ticket);
             if item.expires.is_some_and(|at| at <= Instant::now()) {
@@ -254,7 +268,11 @@ impl<B: Broker> Publishing<'_, B> {
                 Outcome::Nacked => Some(Reason::Nacked { retry_in: NACK_BACKOFF.jittered(attempt) }),
                 Outcome::Returned { code, text } => Some(Reason::Unroutable(format!("{code} {text}"))),
             };
-            match (held.in_flight.remove(&ticket), reason) {
+            let of_held = held.in_flight.remove(&ticket);
+            if let Some(due) = &of_held {
+                held.suspects.remove(&due.seq);
+            }
+            match (of_held, reason) {
                 (None, None) => self.lookahead.confirm(ticket),
                 (None, Some(reason)) => self.lookahead.take_out(ticket, reason),
                 (Some(due), None) => released.push(due.seq),
@@ -298,16 +316,27 @@ impl<B: Broker> Publishing<'_, B> {
     async fn send_held(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<(), RelayError> {
         let lease = *self.lease.borrow();
         self.write_leaving(held).await?;
-        let (waiting, keys) = held::waiting(&mut self.conn, lease.lane).await?;
-        self.waiting = waiting;
-        self.lookahead.keep_held_keys(keys);
+        // Counting walks all of them: not after each one that was sent.
+        if held.counted_at.is_none_or(|at| at.elapsed() >= HELD_EVERY) {
+            let (waiting, keys) = held::waiting(&mut self.conn, lease.lane).await?;
+            held.counted_at = Some(Instant::now());
+            self.waiting = waiting;
+            self.lookahead.keep_held_keys(keys);
+        }
         let sent: Vec<i64> = held.in_flight.values().map(|due| due.seq).collect();
-        let room = HELD_BATCH.min(publisher.capacity() as i64);
-        let due = if waiting == 0 || room == 0 {
+        let room = match held.suspects.is_empty() {
+            true => HELD_BATCH.min(publisher.capacity() as i64),
+            false => i64::from(publisher.unconfirmed() == 0),
+        };
+        let due = if self.waiting == 0 || room == 0 {
             Vec::new()
         } else {
             held::due(&mut self.conn, lease.lane, &sent, room).await?
         };
+        if due.is_empty() && publisher.unconfirmed() == 0 {
+            // They wait for their time or were taken care of: the log must not wait for them.
+            held.suspects.clear();
+        }
         for due in due {
             if due.expired {
                 held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &Reason::Expired).await?;
@@ -315,11 +344,13 @@ impl<B: Broker> Publishing<'_, B> {
             }
             let ticket = held.next_ticket;
             held.next_ticket += 1;
-            publisher.publish(ticket, &due.envelope).await?;
+            // In flight before it is sent: the broker may close the channel because of it while it is.
+            let envelope = due.envelope.clone();
             held.in_flight.insert(ticket, due);
+            publisher.publish(ticket, &envelope).await?;
         }
         publisher.flush();
-        held.next_look = Some(Instant::now() + if waiting > 0 { HELD_EVERY } else { HELD_IDLE_EVERY });
+        held.next_look = Some(Instant::now() + if self.waiting > 0 { HELD_EVERY } else { HELD_IDLE_EVERY });
         Ok(())
     }
 }

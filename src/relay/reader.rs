@@ -17,6 +17,9 @@ use tokio::sync::{mpsc, watch};
 
 /// Rows of one read: large enough that a read costs little a row, small enough to start publishing soon.
 const PAGE_ROWS: i64 = 2_500;
+/// Rows of the first read, when nothing is known of their size; each read asks for at most four times as many as the
+/// one before, since what was asked for and not taken must still come over the wire.
+const FIRST_PAGE_ROWS: i64 = 64;
 /// Bytes of bodies after which a read stops.
 const PAGE_BYTES: usize = 8 << 20;
 /// Looks while messages come: half of the latency a message sees here.
@@ -52,7 +55,14 @@ pub(crate) struct Reader {
     /// How far the first of `ahead` is read.
     read_upto: i64,
     settled: watch::Receiver<LogPlace>,
-    items: mpsc::Sender<Vec<Item>>,
+    pages: mpsc::Sender<Page>,
+}
+
+/// Messages in log order.
+pub(crate) struct Page {
+    pub items: Vec<Item>,
+    /// The window they belong to ends behind them: everything of it lies before this place.
+    pub end: Option<LogPlace>,
 }
 
 impl Reader {
@@ -62,7 +72,7 @@ impl Reader {
         epoch: i64,
         resume: Resume,
         settled: watch::Receiver<LogPlace>,
-        items: mpsc::Sender<Vec<Item>>,
+        pages: mpsc::Sender<Page>,
     ) -> Result<Self, DbError> {
         let Resume { settled: from, plans, mut offsets } = resume;
         let first = plans.front().expect("a resume holds the settled plan").plan.clone();
@@ -70,12 +80,12 @@ impl Reader {
         for (topic, count) in window::count_upto(&mut conn, &first, from.seq).await? {
             offsets.skip(&topic, count);
         }
-        Ok(Self { conn, epoch, offsets, ahead: plans, newest, read_upto: from.seq, settled, items })
+        Ok(Self { conn, epoch, offsets, ahead: plans, newest, read_upto: from.seq, settled, pages })
     }
 
     /// Reads until an error, or until nobody takes the messages any more.
     pub async fn run(mut self) -> Result<(), DbError> {
-        let mut limit = PAGE_ROWS;
+        let mut limit = FIRST_PAGE_ROWS;
         let mut last_row = Instant::now();
         let mut last_plan = Instant::now();
         let mut last_release = None;
@@ -84,14 +94,15 @@ impl Reader {
                 let plan = current.plan.clone();
                 let page = window::read(&mut self.conn, &plan, self.read_upto, limit, PAGE_BYTES).await?;
                 failpoints::pass("relay.window_read");
-                limit = next_limit(&page.rows);
+                limit = next_limit(limit, &page.rows);
                 if let Some(row) = page.rows.last() {
                     self.read_upto = row.place.seq;
                     last_row = Instant::now();
-                    let items = page.rows.into_iter().map(|row| self.place(&plan, row)).collect();
-                    if self.items.send(items).await.is_err() {
-                        return Ok(());
-                    }
+                }
+                let end = page.last.then_some(LogPlace { n: plan.n + 1, seq: 0 });
+                let items = page.rows.into_iter().map(|row| self.place(&plan, row)).collect();
+                if self.pages.send(Page { items, end }).await.is_err() {
+                    return Ok(());
                 }
                 if page.last {
                     self.next_window()?;
@@ -99,18 +110,20 @@ impl Reader {
             }
 
             if self.newest.lane == 0 && last_release.is_none_or(|at: Instant| at.elapsed() >= SCHEDULE_EVERY) {
-                last_release = Some(Instant::now());
-                self.release_due().await?;
+                let released = self.release_due().await?;
+                // A full batch: more is due, and is moved after what is in the log has been read.
+                last_release = (released < SCHEDULE_BATCH).then(Instant::now);
             }
 
             let looked = Instant::now();
             let probe = journal::probe(&mut self.conn, &self.newest).await?;
-            let unseen = probe.q - self.newest.q2 >= REBASE_NUMBERS || looked.elapsed() >= REBASE_SLOW;
+            let numbers = probe.q - self.newest.q2;
+            let unseen = numbers >= REBASE_NUMBERS || (numbers > 0 && looked.elapsed() >= REBASE_SLOW);
             let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
             if probe.found || rebase {
                 self.open_window(probe.q).await?;
                 last_plan = Instant::now();
-            } else if self.items.is_closed() {
+            } else if self.pages.is_closed() {
                 return Ok(());
             } else {
                 tokio::time::sleep(poll_delay(last_row.elapsed())).await;
@@ -154,23 +167,18 @@ impl Reader {
         Ok(())
     }
 
-    async fn release_due(&mut self) -> Result<(), DbError> {
-        loop {
-            let query = sqlx::query_scalar(RELEASE_DUE).bind(SCHEDULE_BATCH).fetch_one(&mut self.conn);
-            let released: i32 = bounded("the schedule", Duration::from_secs(20), query).await?;
-            if released < SCHEDULE_BATCH {
-                return Ok(());
-            }
-        }
+    async fn release_due(&mut self) -> Result<i32, DbError> {
+        let query = sqlx::query_scalar(RELEASE_DUE).bind(SCHEDULE_BATCH).fetch_one(&mut self.conn);
+        bounded("the schedule", Duration::from_secs(20), query).await
     }
 }
 
 /// Aims at [`PAGE_BYTES`] by the size of the last page's bodies.
-fn next_limit(rows: &[LogRow]) -> i64 {
+fn next_limit(limit: i64, rows: &[LogRow]) -> i64 {
     let bytes: usize = rows.iter().map(|row| row.message.body.len()).sum();
     match bytes.checked_div(rows.len()) {
-        None | Some(0) => PAGE_ROWS,
-        Some(mean) => ((PAGE_BYTES / mean) as i64).clamp(16, PAGE_ROWS),
+        None => limit,
+        Some(mean) => ((PAGE_BYTES / mean.max(1)) as i64).min(limit * 4).clamp(16, PAGE_ROWS),
     }
 }
 

@@ -3,12 +3,21 @@
 
 use crate::support::wire::Tap;
 use crate::support::{Lab, connect, eventually, eventually_number};
+use oncebox::backoff::Backoff;
 use oncebox::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use oncebox::broker::{Broker, Publisher, QueueSpec, Subscription};
+use oncebox::consumer::{self, ConsumerError, ConsumerOptions, Order};
+use oncebox::inbox::Received;
+use oncebox::inbox::handler::{Handler, HandlerError, Handling};
 use oncebox::message::{Envelope, Message, MessageId, Position};
+use oncebox::outbox::{self, NewMessage};
 use serde_json::json;
+use sqlx::PgConnection;
 use std::collections::HashMap;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// Effects are numbered in the order in which their transactions wrote them; nothing hides a double one. A message
@@ -334,28 +343,71 @@ async fn a_handler_that_runs_too_long_has_failed() {
     .await;
 }
 
+/// A consumer in this process, with a handler given as a function.
+struct InProcess {
+    stop: CancellationToken,
+    running: tokio::task::JoinHandle<Result<(), ConsumerError>>,
+}
+
+impl InProcess {
+    async fn start(lab: &Lab, handler: impl Handler, change: impl FnOnce(&mut ConsumerOptions)) -> Self {
+        let mut options = ConsumerOptions {
+            name: "shop".to_owned(),
+            database_url: lab.database_url.clone(),
+            queue: "shop".to_owned(),
+            exchange: "oncebox".to_owned(),
+            bindings: vec!["order.*".to_owned()],
+            concurrency: 2,
+            max_attempts: 5,
+            order: Order::Key,
+            backoff: Backoff { initial: Duration::from_millis(20), cap: Duration::from_millis(50) },
+            handler_timeout: Duration::from_secs(10),
+            drain_deadline: Duration::from_secs(5),
+        };
+        change(&mut options);
+        let stop = CancellationToken::new();
+        let running = consumer::run(Arc::new(broker(lab)), Arc::new(handler), options, stop.clone());
+        let running = tokio::spawn(running);
+        eventually("the queue is there", async || {
+            let list = ["list_queues", "-p", &lab.name, "--quiet", "--no-table-headers", "name"];
+            lab.rabbit.ctl(&list).await.expect("rabbitmqctl answers").lines().any(|name| name == "shop").then_some(())
+        })
+        .await;
+        Self { stop, running }
+    }
+
+    async fn stop(self) -> Duration {
+        let began = Instant::now();
+        self.stop.cancel();
+        self.running.await.expect("no panic").expect("it ends in order");
+        began.elapsed()
+    }
+}
+
+async fn insert(conn: &mut PgConnection, message: &Received) -> Result<(), HandlerError> {
+    let n: i64 =
+        serde_json::from_slice::<serde_json::Value>(&message.body).ok().and_then(|p| p["n"].as_i64()).unwrap_or(0);
+    sqlx::query(
+        "insert into shop.effect (message_id, key, payload) values ($1, $2, jsonb_build_object('n', $3::bigint))",
+    )
+    .bind(message.id.0)
+    .bind(&message.key)
+    .bind(n)
+    .execute(conn)
+    .await?;
+    Ok(())
+}
+
 /// Goal: a Rust handler's rows and its outbox rows are one transaction with the acceptance.
 #[tokio::test]
 async fn a_rust_handler_writes_in_the_transaction_of_accept() {
-    use oncebox::backoff::Backoff;
-    use oncebox::consumer::{self, ConsumerOptions, Order};
-    use oncebox::inbox::Received;
-    use oncebox::inbox::handler::{Handler, HandlerError, Handling};
-    use oncebox::outbox::{self, NewMessage};
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU32, Ordering};
-    use tokio_util::sync::CancellationToken;
-
     struct Ship {
         failures: AtomicU32,
     }
     impl Handler for Ship {
-        fn handle<'a>(&'a self, conn: &'a mut sqlx::PgConnection, message: &'a Received) -> Handling<'a> {
+        fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
             Box::pin(async move {
-                sqlx::query("insert into shop.effect (message_id, payload) values ($1, '{}')")
-                    .bind(message.id.0)
-                    .execute(&mut *conn)
-                    .await?;
+                insert(conn, message).await?;
                 let shipped = NewMessage::json("shipped", json!({"of": message.id})).key("k");
                 outbox::publish(conn, shipped).await.map_err(|error| HandlerError::Failed(error.to_string()))?;
                 if self.failures.fetch_add(1, Ordering::SeqCst) < 2 {
@@ -368,39 +420,98 @@ async fn a_rust_handler_writes_in_the_transaction_of_accept() {
 
     let lab = Lab::shared().await;
     shop(&lab).await;
-    let options = ConsumerOptions {
-        name: "ship".to_owned(),
-        database_url: lab.database_url.clone(),
-        queue: "ship".to_owned(),
-        exchange: "oncebox".to_owned(),
-        bindings: vec!["order.*".to_owned()],
-        concurrency: 2,
-        max_attempts: 5,
-        order: Order::Key,
-        backoff: Backoff { initial: Duration::from_millis(20), cap: Duration::from_millis(50) },
-        handler_timeout: Duration::from_secs(10),
-        drain_deadline: Duration::from_secs(5),
-    };
-    let stop = CancellationToken::new();
-    let running = tokio::spawn(consumer::run(
-        Arc::new(broker(&lab)),
-        Arc::new(Ship { failures: AtomicU32::new(0) }),
-        options,
-        stop.clone(),
-    ));
+    let running = InProcess::start(&lab, Ship { failures: AtomicU32::new(0) }, |_| {}).await;
     let tap = Tap::bound(&lab, "shipped", &["shipped"]).await;
-    eventually("the queue is there", async || {
-        let list = ["list_queues", "-p", &lab.name, "--quiet", "--no-table-headers", "name"];
-        lab.rabbit.ctl(&list).await.expect("rabbitmqctl answers").lines().any(|name| name == "ship").then_some(())
-    })
-    .await;
     let _relay = lab.relay().await;
     publish(&lab, 1, 1, 1).await;
     let wire = tap.read(1).await;
     assert_eq!(wire.deliveries.len(), 1, "a rolled-back attempt published");
     assert_eq!(lab.number("select count(*) from shop.effect").await, 1);
-    stop.cancel();
-    running.await.expect("no panic").expect("it ends in order");
+    running.stop().await;
+}
+
+/// Goal: a handler that passes over a failed statement, ends its transaction, panics or hangs has failed: nothing is
+/// acknowledged as done that was not, and the others' work goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn handlers_that_misbehave_have_failed() {
+    struct Careless;
+    impl Handler for Careless {
+        fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
+            Box::pin(async move {
+                insert(conn, message).await?;
+                match message.key.as_deref() {
+                    Some("k0") => drop(sqlx::query("select 1 / 0").execute(conn).await),
+                    Some("k1") => drop(sqlx::query("rollback").execute(conn).await),
+                    Some("k2") => panic!("a careless handler"),
+                    Some("k3") => std::future::pending().await,
+                    _ => {}
+                }
+                Ok(())
+            })
+        }
+    }
+
+    let lab = Lab::shared().await;
+    shop(&lab).await;
+    let running = InProcess::start(&lab, Careless, |options| {
+        options.max_attempts = 2;
+        options.handler_timeout = Duration::from_millis(200);
+    })
+    .await;
+    let _relay = lab.relay().await;
+    publish(&lab, 0, 60, 6).await;
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from shop.effect", 20).await;
+    eventually("the first of each bad key is parked", async || {
+        (lab.number("select count(distinct key) from oncebox.inbox_held where state = 'parked'").await == 4)
+            .then_some(())
+    })
+    .await;
+    let errors: Vec<String> = sqlx::query_scalar(
+        "select distinct on (key) last_error from oncebox.inbox_held where state = 'parked' order by key, n",
+    )
+    .fetch_all(&mut conn)
+    .await
+    .expect("reads");
+    for (error, part) in
+        errors.iter().zip(["a statement failed", "ended the transaction", "panicked: a careless handler", "ran longer"])
+    {
+        assert!(error.contains(part), "{error:?} does not say {part:?}");
+    }
+    assert_eq!(lab.number("select count(*) from shop.effect where key in ('k0', 'k1', 'k2', 'k3')").await, 0);
+    running.stop().await;
+}
+
+/// Goal: a handler that does not end holds the process up no longer than the drain deadline; its work is rolled back
+/// and done by the next.
+#[tokio::test]
+async fn the_drain_deadline_holds() {
+    struct Endless;
+    impl Handler for Endless {
+        fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
+            Box::pin(async move {
+                insert(conn, message).await?;
+                sqlx::query("select pg_sleep(8)").execute(conn).await?;
+                Ok(())
+            })
+        }
+    }
+
+    let lab = Lab::shared().await;
+    shop(&lab).await;
+    let running = InProcess::start(&lab, Endless, |options| options.drain_deadline = Duration::from_secs(1)).await;
+    let _relay = lab.relay().await;
+    publish(&lab, 1, 1, 1).await;
+    eventually("the handler runs", async || {
+        (lab.number("select count(*) from pg_stat_activity where query like 'select pg_sleep(8)%'").await > 0)
+            .then_some(())
+    })
+    .await;
+    let took = running.stop().await;
+    assert!(took < Duration::from_secs(4), "it took {took:?}");
+    assert_eq!(lab.number("select count(*) from shop.effect").await, 0);
+    let _consumer = lab.consume(&lab.config(CONFIG)).await;
+    eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", 1).await;
 }
 
 /// Goal: a zombie of the same consumer, frozen in the middle of a transaction, neither blocks its successor for long

@@ -1,7 +1,7 @@
 //! Goal: whichever named step of the protocol relay or consumer die at, every message is applied exactly once, in the
 //! order of its key, and nothing is left behind.
 
-use crate::support::{Lab, Process, eventually_number};
+use crate::support::{Lab, Process, eventually, eventually_number};
 use oncebox::failpoints;
 use std::collections::HashMap;
 
@@ -47,15 +47,25 @@ async fn die_at(failpoint: &str, hit: u32) {
     let mut consumer = lab.consume(&config).await;
     let mut relay;
     // A message that cannot be routed goes the way of those that leave the log's order.
-    let publish = format!(
-        "select oncebox.publish(case when i % 40 = 0 then 'nobody' else 'order.placed' end,
-            jsonb_build_object('n', i), key => 'k' || i % 5)
-        from generate_series(1, {COUNT}) as i"
-    );
+    let publish = |from: i64, to: i64| {
+        format!(
+            "select oncebox.publish(case when i % 40 = 0 then 'nobody' else 'order.placed' end,
+                jsonb_build_object('n', i), key => 'k' || i % 5)
+            from generate_series({from}, {to}) as i"
+        )
+    };
+    let (first, second) = (publish(1, COUNT / 2), publish(COUNT / 2 + 1, COUNT));
     if failpoint.starts_with("relay.") {
         let mut doomed = armed(&lab, &["relay"], failpoint, hit);
         doomed.wait_for_log("relay started").await;
-        lab.sql(&publish).await;
+        lab.sql(&first).await;
+        // A second window, unless it has died in the first.
+        eventually("a window", async || {
+            let planned = lab.number("select count(*) from oncebox.outbox_plan where n > 0").await > 0;
+            (planned || doomed.log().contains("failpoint")).then_some(())
+        })
+        .await;
+        lab.sql(&second).await;
         if failpoint == "relay.before_release" {
             doomed.wait_for_log("lane resumed").await;
             doomed.signal("TERM");
@@ -69,7 +79,8 @@ async fn die_at(failpoint: &str, hit: u32) {
         let mut doomed = armed(&lab, &consume, failpoint, hit);
         doomed.wait_for_log("consuming").await;
         relay = lab.relay().await;
-        lab.sql(&publish).await;
+        lab.sql(&first).await;
+        lab.sql(&second).await;
         let status = doomed.end().await;
         assert!(doomed.log().contains(&format!("failpoint {failpoint}")), "{status}: {}", doomed.log());
         consumer = lab.consume(&config).await;

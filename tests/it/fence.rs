@@ -97,6 +97,7 @@ async fn a_fence_tells_a_cancelled_commit_from_a_good_one() {
     let options = SessionOptions {
         application_name: "fenced",
         statement_timeout: Duration::from_secs(30),
+        idle_timeout: db::IDLE_TIMEOUT,
         index_scans_only: false,
     };
     let mut conn = db::connect(&lab.database_url, options).await.expect("connects");

@@ -7,12 +7,13 @@ use crate::support::{Lab, connect, eventually, eventually_number};
 use sqlx::{Connection, Executor};
 use std::time::{Duration, Instant};
 
-/// Every outbox row is settled: nothing waits, and the lane has settled past the last row.
-const UNSETTLED: &str = "select count(*) from oncebox.outbox as o
-    where o.seq > (select case when (p.settled_n, p.settled_seq) > (l.settled_n, l.settled_seq) then p.settled_seq else l.settled_seq end
-        from oncebox.outbox_lease as l
-        cross join lateral (select * from oncebox.outbox_plan where lane = 0 order by n desc limit 1) as p
-        where l.lane = 0)";
+/// 0 once every outbox row is settled: the lane has settled past the newest window, which reaches the last row.
+const UNSETTLED: &str = "
+    select case when greatest(p.settled_n, l.settled_n) > p.n
+        and p.q_top >= (select coalesce(max(seq), 0) from oncebox.outbox) then 0 else 1 end::bigint
+    from oncebox.outbox_lease as l
+    cross join lateral (select * from oncebox.outbox_plan where lane = 0 order by n desc limit 1) as p
+    where l.lane = 0";
 
 /// Goal: 40,000 messages of 8 writers, a tenth of the transactions rolled back, a third committed asynchronously, the
 /// relay killed -9 six times: nothing lost, no ghosts, key order on the wire, offsets dense and the same over
@@ -359,4 +360,70 @@ async fn body_and_headers_arrive_equal() {
     let second = wire.deliveries.iter().find(|d| d.message_id.as_ref() != Some(&id)).expect("it arrived");
     assert_eq!((&second.body, second.content_type.as_deref()), (&bytes, Some("application/x-any")));
     conn.close().await.expect("closes");
+}
+
+/// Goal: held messages that the broker refuses are found one at a time too, and hold up nobody for good.
+#[tokio::test]
+async fn refused_messages_among_the_held_are_found() {
+    let lab = Lab::own().await;
+    let _relay = lab.relay().await;
+    lab.sql("select oncebox.publish('late', to_jsonb(repeat('x', case when i % 2 = 0 then 2000 else 10 end)), key => 'k' || i)
+        from generate_series(1, 6) as i")
+    .await;
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_held where reason = 'unroutable'", 6).await;
+    let tap = Tap::on(&lab).await;
+    lab.rabbit.ctl(&["eval", "application:set_env(rabbit, max_message_size, 1000)."]).await.expect("a small limit");
+    // Open channels keep the limit they began with.
+    lab.rabbit.ctl(&["close_all_connections", "--global", "limit"]).await.expect("rabbitmqctl answers");
+    lab.sql("update oncebox.outbox_held set state = 'waiting', next_at = now()").await;
+    lab.sql("select oncebox.publish('t', to_jsonb(i)) from generate_series(1, 100) as i").await;
+    eventually_number(
+        &mut conn,
+        "select count(*) from oncebox.outbox_held where reason = 'refused' and state = 'parked'",
+        3,
+    )
+    .await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_held", 3).await;
+    eventually_number(&mut conn, UNSETTLED, 0).await;
+    let wire = tap.read(103).await;
+    assert!(wire.deliveries.iter().filter(|delivery| delivery.topic == "late").count() >= 3);
+}
+
+/// Goal: a relay that takes over reads no settled window again, however many there are, and nothing beyond the
+/// window it reads.
+#[tokio::test]
+async fn settled_windows_are_not_read_again() {
+    let lab = Lab::shared().await;
+    let tap = Tap::on(&lab).await;
+    let mut relay = lab.relay().await;
+    let mut conn = lab.connect().await;
+    for i in 0..30 {
+        sqlx::query("select oncebox.publish('t', to_jsonb($1::int))")
+            .bind(i)
+            .execute(&mut conn)
+            .await
+            .expect("publishes");
+        eventually_number(&mut conn, UNSETTLED, 0).await;
+    }
+    relay.kill9();
+    lab.sql("update oncebox.outbox_lease set expires_at = '-infinity'").await;
+    let again = lab.relay().await;
+    let newest = lab.number("select max(n) from oncebox.outbox_plan").await;
+    again.wait_for_log(&format!("window={newest}")).await;
+    assert_eq!(tap.read(30).await.duplicates(), 0, "{}", again.log());
+}
+
+/// Goal: a database that was restored elsewhere, its transaction ids moved backwards, is said loudly: its new rows would
+/// look like old ones.
+#[tokio::test]
+async fn transaction_ids_that_moved_backwards_are_noticed() {
+    let lab = Lab::shared().await;
+    lab.sql("insert into oncebox.outbox_plan (lane, n, source, s1, p1, q1, s2, p2, q2, q_top, settled_n, settled_seq, keyframe,
+            streams, bases, planned_at)
+        select lane, 1, source, s2, p2, q2, '9000000000:9000000000:', '9000000001', 0, 0, 0, 0, false, '{}', '{}', now()
+        from oncebox.outbox_plan")
+    .await;
+    let relay = lab.spawn(&["relay"]);
+    relay.wait_for_log("transaction ids have moved backwards").await;
 }

@@ -83,6 +83,7 @@ impl Reader {
         let options = SessionOptions {
             application_name: "test",
             statement_timeout: Duration::from_secs(30),
+            idle_timeout: db::IDLE_TIMEOUT,
             index_scans_only: true,
         };
         let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
@@ -315,8 +316,15 @@ async fn windows_are_read_by_index() {
     for after in [1_500, 20_000] {
         let explain = format!("explain (analyze, format text) {}", window::STATEMENTS[0]);
         let mut query = sqlx::query_scalar::<_, String>(AssertSqlSafe(explain));
-        query =
-            query.bind(0i16).bind(&plan.s1).bind(&plan.p1).bind(plan.q1).bind(&plan.s2).bind(after as i64).bind(100i64);
+        query = query
+            .bind(0i16)
+            .bind(&plan.s1)
+            .bind(&plan.p1)
+            .bind(plan.q1)
+            .bind(&plan.s2)
+            .bind(after as i64)
+            .bind(100i64)
+            .bind(plan.q_top);
         let lines = query.fetch_all(&mut reader.conn).await.expect("explains").join("\n");
         assert!(!lines.contains("Seq Scan on outbox"), "{lines}");
         let most = lines.split("rows=").filter_map(|rest| rest.split_once(' ')?.0.parse::<u64>().ok()).max();

@@ -6,10 +6,17 @@
 //! sends a return before the confirm of the same message, and that lapin handles one thing after the other:
 //!
 //! * A confirm without a return found the queue of returns empty. Its message's return, if there was one, went
-//!   to a confirm that was handled before, and a look at all confirms afterwards finds that one.
+//!   to a confirm that was handled before.
 //! * A confirm with another message's return says nothing of its own. Once some confirm that was still missing
-//!   afterwards comes without a return, the queue was empty then, and a look at all confirms is conclusive too.
+//!   afterwards comes without a return, the queue was empty then, and its message's return, if there was one,
+//!   went to a confirm that was handled before that.
 //! * When no confirm is missing, no return is.
+//!
+//! So nothing is told of a confirm before all is seen that was handled before it; [`Flight::look`] takes two
+//! passes over the missing confirms for that. The confirm of a message not known to be written counts: it may be
+//! there, with another's return. But lapin's one thread says that a message is written before it reads on, so
+//! before it handles the confirm. Hence a look asks between its passes which messages were written; any other has
+//! no confirm that was handled before one that the first pass saw.
 //!
 //! Several channels, each left to rest between batches, would be simpler. But RabbitMQ keeps order only within
 //! a channel: the consumer saw message 5,001 before 4,961.
@@ -19,6 +26,7 @@ use crate::broker::Outcome;
 use lapin::{ChannelState, Confirmation, Error, ErrorKind};
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 use tokio::time::Instant;
@@ -33,15 +41,24 @@ pub(super) struct Flight<C> {
     /// Number of the first of `messages`, counted from the channel's first.
     first: u64,
     unconfirmed: usize,
-    /// Looks at all confirms so far.
-    looks: u64,
-    /// Messages settled before this look have no return outstanding in lapin's queue.
+    /// Passes over the missing confirms so far.
+    passes: u64,
+    /// Messages seen settled before this pass have no return outstanding in lapin's queue.
     emptied: u64,
-    /// The same, as soon as one more look is over.
-    emptying: u64,
+    /// For what was seen by then, all that was handled before it has been seen.
+    conclusive: Conclusive,
+    /// The last look saw something that it was not conclusive for.
+    unsure: bool,
     /// Something was looked at and not told yet.
     looked: bool,
     returns: HashMap<Place, Vec<(u16, String)>>,
+}
+
+/// What [`Flight`] counts, as it stood at an earlier moment.
+#[derive(Default)]
+struct Conclusive {
+    passes: u64,
+    emptied: u64,
 }
 
 struct InFlight<C> {
@@ -54,13 +71,16 @@ struct InFlight<C> {
 enum State<C> {
     /// Not on the socket yet: lapin gives the promise of the confirm when it is.
     Unwritten,
-    /// Not there yet at the look named.
+    /// Not there yet at the pass named, or after it.
     Missing(C, u64),
-    /// Confirmed, as was seen at the look named; `alone` if the confirm carried no return.
-    Settled { acked: bool, alone: bool, look: u64 },
+    /// Confirmed, as was seen at the pass named or after it; `alone` if the confirm carried no return.
+    Settled { acked: bool, alone: bool, pass: u64 },
     /// Its outcome has been told.
     Told,
 }
+
+/// The number of a message that was written, with the promise of its confirm.
+pub(super) type Written<C> = Result<(u64, C), Error>;
 
 impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
     pub(super) fn new() -> Self {
@@ -68,9 +88,10 @@ impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
             messages: VecDeque::new(),
             first: 0,
             unconfirmed: 0,
-            looks: 0,
+            passes: 0,
             emptied: 0,
-            emptying: 0,
+            conclusive: Conclusive::default(),
+            unsure: false,
             looked: false,
             returns: HashMap::new(),
         }
@@ -104,8 +125,14 @@ impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
         self.messages.len()
     }
 
-    /// Tells the outcomes that are certain; if there are none, has a confirm wake the task.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, into: &mut Vec<(u64, Outcome)>) -> Poll<Result<(), Error>> {
+    /// Tells the outcomes that are certain; if there are none, has a confirm wake the task. `next_written` gives
+    /// the messages written since, in order, and wakes nobody.
+    pub(super) fn poll<W: FnMut() -> Option<Written<C>>>(
+        &mut self,
+        cx: &mut Context<'_>,
+        into: &mut Vec<(u64, Outcome)>,
+        mut next_written: W,
+    ) -> Poll<Result<(), Error>> {
         let before = into.len();
         loop {
             if std::mem::take(&mut self.looked) {
@@ -114,50 +141,71 @@ impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
             if into.len() > before {
                 return Poll::Ready(Ok(()));
             }
-            if !self.poll_watched(cx)? {
+            self.take_written(&mut next_written)?;
+            // Not only what is to come makes another look worth it.
+            if !self.poll_watched(cx)? && !self.unsure {
                 return Poll::Pending;
             }
-            // What was settled before something that the first look saw settled, and was missing when the look
-            // passed it, the second one finds.
-            let seen = self.look_at(self.messages.len())?;
-            self.look_at(seen)?;
+            self.look(&mut next_written)?;
         }
     }
 
     /// Looks at every confirm that was missing. Takes the wakers off: follow it with [`poll`](Self::poll).
-    pub(super) fn look(&mut self) -> Result<(), Error> {
-        self.look_at(self.messages.len()).map(drop)
+    pub(super) fn look<W: FnMut() -> Option<Written<C>>>(&mut self, mut next_written: W) -> Result<(), Error> {
+        self.take_written(&mut next_written)?;
+        let found = self.pass(0..self.messages.len())?;
+        let seen = Conclusive { passes: self.passes, emptied: self.emptied };
+        // Whatever was handled before something that the first pass saw, and was missing when that pass came by,
+        // lies before its last find; or it was not known to be written.
+        let written = self.take_written(&mut next_written)?;
+        self.unsure = self.pass((0..found).chain(written))? > 0;
+        self.conclusive = seen;
+        self.looked = true;
+        Ok(())
     }
 
-    /// Looks at the first `end` messages; answers up to where it found something new.
-    fn look_at(&mut self, end: usize) -> Result<usize, Error> {
-        self.looks += 1;
-        self.looked = true;
-        self.emptied = self.emptying;
-        let mut seen = 0;
-        for at in 0..end {
+    /// Awaits the confirms of messages written since, and answers where they lie.
+    pub(super) fn take_written<W: FnMut() -> Option<Written<C>>>(
+        &mut self,
+        mut next: W,
+    ) -> Result<Range<usize>, Error> {
+        let mut taken = 0..0;
+        while let Some(written) = next() {
+            let (number, confirm) = written?;
+            let at = (number - self.first) as usize;
+            taken = if taken.is_empty() { at..at + 1 } else { taken.start..at + 1 };
+            self.written(number, confirm);
+        }
+        Ok(taken)
+    }
+
+    /// Looks at the missing among these confirms; answers how many messages lie up to the last one found.
+    fn pass(&mut self, over: impl Iterator<Item = usize>) -> Result<usize, Error> {
+        self.passes += 1;
+        let mut found = 0;
+        for at in over {
             if matches!(self.messages[at].state, State::Missing(..))
-                && self.take(at, self.looks, &mut Context::from_waker(Waker::noop()))?
+                && self.take(at, &mut Context::from_waker(Waker::noop()))?
             {
-                seen = at;
+                found = at + 1;
             }
         }
-        Ok(seen)
+        Ok(found)
     }
 
     /// Passes on what the broken channel says to each missing confirm.
     pub(super) fn hear(&mut self, cx: &mut Context<'_>, heard: &mut Vec<Error>) {
         for at in 0..self.messages.len() {
-            heard.extend(self.take(at, self.looks, cx).err());
+            heard.extend(self.take(at, cx).err());
         }
     }
 
     /// Takes in one confirm, if it is there; false if it is missing.
-    fn take(&mut self, at: usize, look: u64, cx: &mut Context<'_>) -> Result<bool, Error> {
+    fn take(&mut self, at: usize, cx: &mut Context<'_>) -> Result<bool, Error> {
         let message = &mut self.messages[at];
         let State::Missing(confirm, missing_at) = &mut message.state else { return Ok(true) };
         let Poll::Ready(confirmation) = Pin::new(confirm).poll(cx) else {
-            *missing_at = look;
+            *missing_at = self.passes;
             return Ok(false);
         };
         let missing_at = *missing_at;
@@ -172,9 +220,9 @@ impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
                 return Err(ErrorKind::InvalidChannelState(ChannelState::Connected, context).into());
             }
         };
-        message.state = State::Settled { acked, alone: returned.is_none(), look };
+        message.state = State::Settled { acked, alone: returned.is_none(), pass: self.passes };
         match returned {
-            None => self.emptying = self.emptying.max(missing_at),
+            None => self.emptied = self.emptied.max(missing_at),
             Some(returned) => {
                 let place = wire::place(&returned.delivery.properties).unwrap_or_default();
                 let told = (returned.reply_code, returned.reply_text.to_string());
@@ -192,24 +240,27 @@ impl<C: Future<Output = Result<Confirmation, Error>> + Unpin> Flight<C> {
         let strided = (0..self.messages.len()).filter(missing).nth(STRIDE);
         let mut there = false;
         for at in [strided, newest].into_iter().flatten() {
-            there |= self.take(at, self.looks, cx)?;
+            there |= self.take(at, cx)?;
         }
         Ok(there)
     }
 
-    /// Tells every outcome that is certain after the looks so far.
+    /// Tells every outcome that is certain after the last look.
     fn tell(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), Error> {
         let none_missing = self.oldest_missing().is_none();
         for message in &mut self.messages {
-            let State::Settled { acked, alone, look } = message.state else { continue };
-            let conclusive = none_missing || if alone { look < self.looks } else { look < self.emptied };
+            let State::Settled { acked, alone, pass } = message.state else { continue };
+            let conclusive = match alone {
+                true => pass <= self.conclusive.passes,
+                false => pass < self.conclusive.emptied,
+            };
             let returned = match self.returns.is_empty() {
                 true => None,
                 false => self.returns.get_mut(&message.place).and_then(Vec::pop),
             };
             let outcome = match returned {
                 Some((code, text)) if acked => Outcome::Returned { code, text },
-                None if !conclusive => continue,
+                None if !conclusive && !none_missing => continue,
                 None if acked => Outcome::Confirmed,
                 // A message that was nacked was not taken, whatever else is said of it.
                 _ => Outcome::Nacked,
@@ -237,7 +288,7 @@ mod tests {
     use super::*;
     use crate::message::{Envelope, Message, MessageId, Position};
     use lapin::message::{BasicReturnMessage, Delivery};
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
     use std::rc::Rc;
     use uuid::Uuid;
 
@@ -246,6 +297,10 @@ mod tests {
         random: u64,
         /// The oldest message lies in a queue that confirms only when this is lifted.
         stuck: bool,
+        /// Messages not on the socket yet: number and fate.
+        unwritten: VecDeque<(u64, Outcome)>,
+        /// Messages written, which this side has not been told.
+        written: VecDeque<u64>,
         /// Messages without a confirm: number, fate, and whether the return is on its way.
         open: Vec<(u64, Outcome, bool)>,
         queue: VecDeque<BasicReturnMessage>,
@@ -259,6 +314,12 @@ mod tests {
         }
 
         fn step(&mut self) {
+            if self.draw(2) == 0
+                && let Some((number, fate)) = self.unwritten.pop_front()
+            {
+                self.open.push((number, fate, false));
+                return self.written.push_back(number);
+            }
             let skipped = usize::from(self.stuck);
             if self.open.len() <= skipped {
                 return;
@@ -283,10 +344,7 @@ mod tests {
             let (number, fate, on_its_way) = &mut self.open[at];
             if matches!(fate, Outcome::Returned { .. }) && !*on_its_way {
                 *on_its_way = true;
-                let mut delivery = Delivery::mock(0, "".into(), "".into(), false, Vec::new());
-                delivery.properties = wire::properties(&envelope(*number)).expect("it fits");
-                let returned = BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() };
-                self.queue.push_back(returned);
+                self.queue.push_back(returned(*number));
             }
         }
 
@@ -298,6 +356,15 @@ mod tests {
             let confirm = if nacked { Confirmation::Nack(returned) } else { Confirmation::Ack(returned) };
             self.confirms.insert(number, confirm);
         }
+    }
+
+    /// What the publisher gives a flight: lapin's thread goes on between two questions.
+    fn next_written(wire: &Rc<RefCell<Wire>>) -> Option<Written<Promise>> {
+        let mut this = wire.borrow_mut();
+        while this.draw(4) == 0 {
+            this.step();
+        }
+        this.written.pop_front().map(|number| Ok((number, Promise(Rc::clone(wire), number))))
     }
 
     struct Promise(Rc<RefCell<Wire>>, u64);
@@ -312,6 +379,20 @@ mod tests {
             }
             wire.confirms.remove(&self.1).map_or(Poll::Pending, |confirmation| Poll::Ready(Ok(confirmation)))
         }
+    }
+
+    fn returned(number: u64) -> BasicReturnMessage {
+        let mut delivery = Delivery::mock(0, "".into(), "".into(), false, Vec::new());
+        delivery.properties = wire::properties(&envelope(number)).expect("it fits");
+        BasicReturnMessage { delivery, reply_code: 312, reply_text: "NO_ROUTE".into() }
+    }
+
+    fn no_route() -> Outcome {
+        Outcome::Returned { code: 312, text: "NO_ROUTE".to_owned() }
+    }
+
+    fn place(number: u64) -> Place {
+        (Uuid::nil(), "t#0".to_owned(), number as i64)
     }
 
     fn envelope(number: u64) -> Envelope {
@@ -331,10 +412,17 @@ mod tests {
     }
 
     /// Publishes 400 messages with a window, and answers the outcomes told as (number, fate, told), with how many
-    /// were told while the first message was stuck.
-    fn fly(seed: u64, stuck: bool) -> (Vec<(u64, Outcome, Outcome)>, usize) {
-        let wire = Wire { random: seed, stuck, open: Vec::new(), queue: VecDeque::new(), confirms: HashMap::new() };
-        let wire = Rc::new(RefCell::new(wire));
+    /// were told while the first message was stuck. With `clock`, looks between the polls as well.
+    fn fly(seed: u64, stuck: bool, clock: bool) -> (Vec<(u64, Outcome, Outcome)>, usize) {
+        let wire = Rc::new(RefCell::new(Wire {
+            random: seed,
+            stuck,
+            unwritten: VecDeque::new(),
+            written: VecDeque::new(),
+            open: Vec::new(),
+            queue: VecDeque::new(),
+            confirms: HashMap::new(),
+        }));
         let (mut flight, mut fates, mut told, mut idle, mut before) = (Flight::new(), Vec::new(), Vec::new(), 0, 0);
         let mut cx = Context::from_waker(Waker::noop());
         while told.len() < 400 {
@@ -342,15 +430,18 @@ mod tests {
             if fates.len() < 400 && flight.unconfirmed() < 40 && wire.borrow_mut().draw(3) > 0 {
                 let number = fates.len() as u64;
                 let fate = match wire.borrow_mut().draw(4) {
-                    0 => Outcome::Returned { code: 312, text: "NO_ROUTE".to_owned() },
+                    0 => no_route(),
                     1 => Outcome::Nacked,
                     _ => Outcome::Confirmed,
                 };
                 fates.push(fate.clone());
-                let seat = flight.board(number, (Uuid::nil(), "t#0".to_owned(), number as i64));
-                wire.borrow_mut().open.push((number, fate, false));
-                flight.written(seat, Promise(Rc::clone(&wire), number));
-            } else if let Poll::Ready(result) = flight.poll(&mut cx, &mut told) {
+                assert_eq!(flight.board(number, place(number)), number);
+                wire.borrow_mut().unwritten.push_back((number, fate));
+            } else if wire.borrow_mut().draw(8) == 0 {
+                flight.take_written(|| next_written(&wire)).expect("every write succeeds");
+            } else if clock && wire.borrow_mut().draw(8) == 0 {
+                flight.look(|| next_written(&wire)).expect("every confirm is one");
+            } else if let Poll::Ready(result) = flight.poll(&mut cx, &mut told, || next_written(&wire)) {
                 result.expect("every return is somebody's");
                 idle = 0;
             } else {
@@ -370,7 +461,7 @@ mod tests {
     #[test]
     fn outcomes_are_exact_in_any_order() {
         for seed in 0..300 {
-            for (number, fate, told) in fly(seed, seed % 2 == 0).0 {
+            for (number, fate, told) in fly(seed, seed % 2 == 0, seed % 4 < 2).0 {
                 assert_eq!(fate, told, "message {number}, seed {seed}");
             }
         }
@@ -379,7 +470,80 @@ mod tests {
     // Goal: a queue that does not confirm holds up its own messages, not those of other queues for good.
     #[test]
     fn a_slow_queue_does_not_hold_up_the_rest() {
-        let told: usize = (0..100).map(|seed| fly(seed, true).1).sum();
+        let told: usize = (0..100).map(|seed| fly(seed, true, false).1).sum();
         assert!(told > 100 * 395, "{told} of 40,000 outcomes were told");
+    }
+
+    type Promised = Pin<Box<dyn Future<Output = Result<Confirmation, Error>>>>;
+
+    /// An ack that is there after it was asked for so many times in vain.
+    fn ack_after(mut early: usize, returned: Option<BasicReturnMessage>) -> Promised {
+        let mut ack = Some(Confirmation::Ack(returned));
+        Box::pin(std::future::poll_fn(move |_| match early {
+            0 => Poll::Ready(Ok(ack.take().expect("a promise is not asked again"))),
+            _ => {
+                early -= 1;
+                Poll::Pending
+            }
+        }))
+    }
+
+    const NEVER: usize = usize::MAX;
+
+    // Goal: a message is not told confirmed while its return lies on a confirm that came, with its own, before
+    // this side knew that the other message was written.
+    #[test]
+    fn a_return_on_the_confirm_of_a_message_just_written_is_found() {
+        let mut flight: Flight<Promised> = Flight::new();
+        let first = flight.board(0, place(0));
+        let second = flight.board(1, place(1));
+        // One multiple ack for both is handled, the second's confirm first, when the first's is asked for.
+        let handled = Rc::new(Cell::new(false));
+        let handle = Rc::clone(&handled);
+        let confirm = std::future::poll_fn(move |_| {
+            handle.set(true);
+            Poll::Ready(Ok(Confirmation::Ack(None)))
+        });
+        flight.written(first, Box::pin(confirm));
+        let next_written = || handled.take().then(|| Ok((second, ack_after(0, Some(returned(0))))));
+        let mut told = Vec::new();
+        let poll = flight.poll(&mut Context::from_waker(Waker::noop()), &mut told, next_written);
+        assert!(matches!(poll, Poll::Ready(Ok(()))));
+        assert_eq!(told, [(0, no_route()), (1, Outcome::Confirmed)]);
+    }
+
+    // Goal: that the queue of returns was empty counts once all is seen that was handled before it was.
+    #[test]
+    fn a_return_handled_before_the_queue_was_empty_is_found() {
+        let mut flight = Flight::new();
+        // Returns come for 4, 5, 0; then confirms for 0, 2, 3 and 1. The second look sees 1 but has passed 3 by.
+        let confirms = [(0, Some(4)), (2, None), (1, Some(5)), (2, Some(0)), (NEVER, None), (NEVER, None)];
+        for (number, (early, carried)) in (0..).zip(confirms) {
+            flight.board(number, place(number));
+            flight.written(number, ack_after(early, carried.map(returned)));
+        }
+        flight.look(|| None).expect("every confirm is one");
+        flight.look(|| None).expect("every confirm is one");
+        let mut told = Vec::new();
+        let poll = flight.poll(&mut Context::from_waker(Waker::noop()), &mut told, || None);
+        assert!(matches!(poll, Poll::Ready(Ok(()))));
+        assert!(told.contains(&(0, no_route())), "{told:?}");
+    }
+
+    // Goal: what came during a look is told though nothing else comes, not at the next tick only.
+    #[test]
+    fn a_confirm_that_comes_during_a_look_is_told() {
+        let mut flight = Flight::new();
+        // The first lies in a queue that does not confirm.
+        for (number, early) in (0..).zip([NEVER, 1, 0, 0]) {
+            flight.board(number, place(number));
+            flight.written(number, ack_after(early, None));
+        }
+        let (mut cx, mut told) = (Context::from_waker(Waker::noop()), Vec::new());
+        while let Poll::Ready(result) = flight.poll(&mut cx, &mut told, || None) {
+            result.expect("every confirm is one");
+        }
+        let told: Vec<u64> = told.into_iter().map(|(number, _)| number).collect();
+        assert_eq!(told, [2, 3, 1]);
     }
 }

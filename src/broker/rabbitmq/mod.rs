@@ -10,6 +10,8 @@ mod session;
 mod subscription;
 mod wire;
 
+pub(crate) use wire::properties;
+
 pub use publisher::RabbitPublisher;
 pub use subscription::RabbitSubscription;
 

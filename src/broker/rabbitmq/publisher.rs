@@ -2,7 +2,7 @@
 //!
 //! No task and no timer per message: the one who calls drives everything, and lapin's thread does the I/O.
 
-use super::flight::Flight;
+use super::flight::{Flight, Written};
 use super::session::{self, Session};
 use super::{RabbitMq, short, wire};
 use crate::broker::{BrokerError, Outcome, Publisher};
@@ -42,7 +42,7 @@ const REASON_LIMIT: Duration = Duration::from_millis(500);
 /// Dropping it ends its connection: in order if the broker answers, by force after two seconds.
 pub struct RabbitPublisher {
     // Before the session: the channel, which writes share, keeps lapin's connection open.
-    writes: VecDeque<Write>,
+    writes: Writes,
     channel: Arc<Channel>,
     flight: Flight<PublisherConfirm>,
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
@@ -50,7 +50,6 @@ pub struct RabbitPublisher {
     exchange: ShortString,
     max_unconfirmed: usize,
     confirm_timeout: Duration,
-    unwritten_bytes: usize,
     /// Waits are counted from here at the earliest: the last moment the broker had the session blocked.
     clock_starts_at: Instant,
     timer: Pin<Box<Sleep>>,
@@ -58,6 +57,36 @@ pub struct RabbitPublisher {
     ending: Option<Error>,
     reason_until: Option<Instant>,
     failed: Option<BrokerError>,
+}
+
+/// The messages on their way to the socket, which they reach in this order.
+#[derive(Default)]
+struct Writes {
+    queue: VecDeque<Write>,
+    bytes: usize,
+}
+
+impl Writes {
+    fn push(&mut self, write: Write) {
+        self.bytes += write.bytes;
+        self.queue.push_back(write);
+    }
+
+    /// The next message that was written; if none was, that wakes the task.
+    fn next(&mut self, cx: &mut Context<'_>) -> Option<Written<PublisherConfirm>> {
+        if !self.queue.front_mut()?.is_done(cx) {
+            return None;
+        }
+        let write = self.queue.pop_front()?;
+        self.bytes -= write.bytes;
+        let confirm = write.written.expect("a write that is done has a result");
+        Some(confirm.map(|confirm| (write.number, confirm)))
+    }
+
+    /// The next message that was written, by now.
+    fn next_now(&mut self) -> Option<Written<PublisherConfirm>> {
+        self.next(&mut Context::from_waker(Waker::noop()))
+    }
 }
 
 /// A message on its way to the socket.
@@ -88,7 +117,7 @@ impl RabbitPublisher {
         let confirm = channel.confirm_select(ConfirmSelectOptions::default());
         confirm.await.map_err(|error| session::lost(&error))?;
         Ok(Self {
-            writes: VecDeque::new(),
+            writes: Writes::default(),
             channel: Arc::new(channel),
             flight: Flight::new(),
             events,
@@ -96,7 +125,6 @@ impl RabbitPublisher {
             exchange: short("exchange", exchange)?,
             max_unconfirmed: broker.options.max_unconfirmed.max(1),
             confirm_timeout: broker.options.confirm_timeout,
-            unwritten_bytes: 0,
             clock_starts_at: Instant::now(),
             timer: Box::pin(tokio::time::sleep(Duration::ZERO)),
             ending: None,
@@ -135,8 +163,11 @@ impl RabbitPublisher {
     /// The best explanation that any part of the session has heard.
     fn poll_reason(&mut self, cx: &mut Context<'_>) -> Option<Error> {
         let mut heard: Vec<Error> = Vec::new();
-        while let Err(error) = self.take_writes(cx) {
-            heard.push(error);
+        while let Some(written) = self.writes.next(cx) {
+            match written {
+                Ok((number, confirm)) => self.flight.written(number, confirm),
+                Err(error) => heard.push(error),
+            }
         }
         self.flight.hear(cx, &mut heard);
         while let Poll::Ready(Some(event)) = self.events.as_mut().poll_next(cx) {
@@ -147,17 +178,6 @@ impl RabbitPublisher {
         let soft = heard.iter().position(Error::is_amqp_soft_error);
         let best = soft.or_else(|| heard.iter().position(Error::is_amqp_error))?;
         Some(heard.swap_remove(best))
-    }
-
-    /// Has the confirms of messages that are written awaited.
-    fn take_writes(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
-        while self.writes.front_mut().is_some_and(|write| write.is_done(cx)) {
-            let write = self.writes.pop_front().expect("it was looked at just now");
-            self.unwritten_bytes -= write.bytes;
-            let confirm = write.written.expect("a write that is done has a result")?;
-            self.flight.written(write.number, confirm);
-        }
-        Ok(())
     }
 
     /// Restarts the clock when the broker blocks or unblocks the session. Before the clock is looked at: a caller
@@ -181,7 +201,7 @@ impl RabbitPublisher {
     }
 
     /// Looks every tick whether the connection is there and the oldest unconfirmed message in its time.
-    /// Before confirms are polled: it takes their wakers off.
+    /// Before confirms and writes are polled: it takes their wakers off.
     fn poll_clock(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
         while self.timer.as_mut().poll(cx).is_ready() {
             let status = self.session.connection().status();
@@ -193,7 +213,7 @@ impl RabbitPublisher {
                 self.clock_starts_at = now;
             }
             let mut next = now + TICK.min(self.confirm_timeout / 4);
-            self.flight.look()?;
+            self.flight.look(|| self.writes.next_now())?;
             if let Some(published_at) = self.flight.oldest_missing() {
                 let deadline = published_at.max(self.clock_starts_at) + self.confirm_timeout;
                 if deadline <= now {
@@ -216,23 +236,20 @@ impl RabbitPublisher {
         if let Some(error) = self.ending.clone() {
             return self.fail_for(error, cx);
         }
-        let alive = self.poll_events(cx).and_then(|()| self.poll_clock(cx)).and_then(|()| self.poll_all_written(cx));
-        if let Err(error) = alive {
+        if let Err(error) = self.poll_events(cx).and_then(|()| self.poll_clock(cx)) {
             return self.fail_for(error, cx);
         }
-        match self.flight.poll(cx, into) {
-            Poll::Ready(Err(error)) => self.fail_for(error, cx),
-            poll => poll.map(|_| Ok(())),
+        loop {
+            match self.flight.poll(cx, into, || self.writes.next_now()) {
+                Poll::Ready(Err(error)) => return self.fail_for(error, cx),
+                Poll::Ready(Ok(())) => return Poll::Ready(Ok(())),
+                Poll::Pending => {}
+            }
+            // The last write wakes the task, by when they all are done.
+            if !self.writes.queue.back_mut().is_some_and(|write| write.is_done(cx)) {
+                return Poll::Pending;
+            }
         }
-    }
-
-    /// Takes the writes that are done; the last of the rest wakes the task, by when they all are.
-    fn poll_all_written(&mut self, cx: &mut Context<'_>) -> Result<(), Error> {
-        self.take_writes(&mut Context::from_waker(Waker::noop()))?;
-        if self.writes.back_mut().is_some_and(|write| write.is_done(cx)) {
-            self.take_writes(cx)?;
-        }
-        Ok(())
     }
 
     /// Ready when there is room ahead of the socket, or waiting for it is no use: a blocked session takes
@@ -242,17 +259,17 @@ impl RabbitPublisher {
             return self.fail_for(error, cx);
         }
         let taken = self.poll_events(cx).and_then(|()| self.poll_clock(cx));
-        let taken = taken.and_then(|()| self.take_writes(&mut Context::from_waker(Waker::noop())));
+        let taken = taken.and_then(|()| self.flight.take_written(|| self.writes.next_now()).map(drop));
         if let Err(error) = taken {
             return self.fail_for(error, cx);
         }
         // Half of it, so that the task is woken once in a hundred messages and not for each.
-        let room = self.writes.len() <= WRITE_AHEAD / 2 && self.unwritten_bytes <= WRITE_AHEAD_BYTES / 2;
+        let room = self.writes.queue.len() <= WRITE_AHEAD / 2 && self.writes.bytes <= WRITE_AHEAD_BYTES / 2;
         if room || self.is_blocked() {
             return Poll::Ready(Ok(()));
         }
-        let middle = self.writes.len().saturating_sub(WRITE_AHEAD / 2 + 1);
-        if self.writes[middle].is_done(cx) {
+        let middle = self.writes.queue.len().saturating_sub(WRITE_AHEAD / 2 + 1);
+        if self.writes.queue[middle].is_done(cx) {
             cx.waker().wake_by_ref();
         }
         Poll::Pending
@@ -261,7 +278,7 @@ impl RabbitPublisher {
 
 impl Publisher for RabbitPublisher {
     fn capacity(&self) -> usize {
-        if self.unwritten_bytes >= BLOCKED_LIMIT_BYTES {
+        if self.writes.bytes >= BLOCKED_LIMIT_BYTES {
             return 0;
         }
         let unused = self.max_unconfirmed.saturating_sub(self.flight.unconfirmed());
@@ -294,9 +311,8 @@ impl Publisher for RabbitPublisher {
         };
         // The first poll hands the message to lapin; that it is written shows later.
         write.is_done(&mut Context::from_waker(Waker::noop()));
-        self.unwritten_bytes += write.bytes;
-        self.writes.push_back(write);
-        if self.writes.len() > WRITE_AHEAD || self.unwritten_bytes > WRITE_AHEAD_BYTES {
+        self.writes.push(write);
+        if self.writes.queue.len() > WRITE_AHEAD || self.writes.bytes > WRITE_AHEAD_BYTES {
             poll_fn(|cx| self.poll_room(cx)).await?;
         }
         Ok(())

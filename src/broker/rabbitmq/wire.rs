@@ -17,7 +17,7 @@ pub(super) type Place = (Uuid, String, i64);
 ///
 /// # Errors
 /// [`BrokerError::ChannelClosed`] with 406, as a broker would answer, for a name AMQP cannot carry.
-pub(super) fn properties(envelope: &Envelope) -> Result<BasicProperties, BrokerError> {
+pub(crate) fn properties(envelope: &Envelope) -> Result<BasicProperties, BrokerError> {
     let (message, position) = (&envelope.message, &envelope.position);
     let source = position.source.to_string();
     let mut headers = FieldTable::default();
