@@ -22,16 +22,18 @@ const PAGE_ROWS: i64 = 2_500;
 const FIRST_PAGE_ROWS: i64 = 64;
 /// Bytes of bodies after which a read stops.
 const PAGE_BYTES: usize = 8 << 20;
-/// Looks while messages come: half of the latency a message sees here.
-const POLL_BUSY: Duration = Duration::from_millis(2);
+/// Looks while messages come: what a message waits here at most, beside the work for those before it.
+const POLL_BUSY: Duration = Duration::from_millis(1);
 /// Looks when nothing has come for a while.
-const POLL_IDLE: Duration = Duration::from_millis(25);
+const POLL_IDLE: Duration = Duration::from_millis(50);
 /// How long after the last message looks stay frequent.
 const BUSY_FOR: Duration = Duration::from_millis(250);
 /// Numbers taken without a visible row (open or rolled-back transactions), or a slow look, after which a new plan
 /// moves the place where looks begin.
 const REBASE_NUMBERS: i64 = 5_000;
 const REBASE_SLOW: Duration = Duration::from_millis(20);
+/// After such a pause one more plan is made if transactions were open at the newest one: looks beyond it are dearer.
+const TIDY_AFTER: Duration = Duration::from_secs(1);
 /// How often at most.
 const REBASE_EVERY: Duration = Duration::from_secs(1);
 /// How often due messages of the schedule are moved into the log.
@@ -88,6 +90,7 @@ impl Reader {
         let mut limit = FIRST_PAGE_ROWS;
         let mut last_row = Instant::now();
         let mut last_plan = Instant::now();
+        let mut tidied = false;
         let mut last_release = None;
         loop {
             while let Some(current) = self.ahead.front() {
@@ -98,6 +101,7 @@ impl Reader {
                 if let Some(row) = page.rows.last() {
                     self.read_upto = row.place.seq;
                     last_row = Instant::now();
+                    tidied = false;
                 }
                 let end = page.last.then_some(LogPlace { n: plan.n + 1, seq: 0 });
                 let items = page.rows.into_iter().map(|row| self.place(&plan, row)).collect();
@@ -120,7 +124,9 @@ impl Reader {
             let numbers = probe.q - self.newest.q2;
             let unseen = numbers >= REBASE_NUMBERS || (numbers > 0 && looked.elapsed() >= REBASE_SLOW);
             let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
-            if probe.found || rebase {
+            let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER && !self.newest.nothing_was_open();
+            if probe.found || rebase || tidy {
+                tidied |= tidy;
                 self.open_window(probe.q).await?;
                 last_plan = Instant::now();
             } else if self.pages.is_closed() {

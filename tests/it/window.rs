@@ -275,6 +275,27 @@ fn windows_hold_every_committed_row_once() {
     }
 }
 
+/// Goal: a plan knows whether a transaction was open when it was made: then, and only then, rows with lower numbers can
+/// still come.
+#[tokio::test]
+async fn a_plan_knows_of_open_transactions() {
+    let lab = Lab::shared().await;
+    let mut reader = Reader::new(&lab).await;
+    let mut quiet = false;
+    for _ in 0..50 {
+        // Other tests' transactions are open at times.
+        reader.window(10).await;
+        quiet |= reader.newest.nothing_was_open();
+    }
+    assert!(quiet, "never quiet");
+    let mut open = lab.connect().await;
+    open.execute("begin; select oncebox.publish('t', '1')").await.expect("publishes");
+    reader.window(10).await;
+    assert!(!reader.newest.nothing_was_open(), "{:?}", reader.newest);
+    open.execute("commit").await.expect("commits");
+    assert_eq!(reader.window(10).await.1.len(), 1);
+}
+
 /// Goal: the first message of a new database is not passed over: an unused sequence says 1 before it gives out 1.
 #[tokio::test]
 async fn the_first_message_is_found() {
