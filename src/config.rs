@@ -284,7 +284,10 @@ mod tests {
     use super::*;
 
     fn refused(text: &str) -> String {
-        Config::parse(text, Overrides::default()).and_then(|c| c.database_url().map(drop)).unwrap_err().to_string()
+        Config::parse(text, Overrides::default())
+            .and_then(|c| c.database_url().map(drop))
+            .expect_err("refused")
+            .to_string()
     }
 
     /// Goal: every wrong or missing setting is one line that names it.

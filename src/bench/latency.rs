@@ -81,6 +81,11 @@ pub(super) async fn run(bench: LatencyBench, config: &Config) -> anyhow::Result<
     relay.await??;
     consuming.abort();
 
+    report(&bench, &committed, &confirmed);
+    scratch.drop().await
+}
+
+fn report(bench: &LatencyBench, committed: &[(Uuid, Instant)], confirmed: &Confirmed) {
     let confirmed = confirmed.lock().unwrap_or_else(PoisonError::into_inner);
     let mut latencies: Vec<f64> = committed
         .iter()
@@ -96,10 +101,8 @@ pub(super) async fn run(bench: LatencyBench, config: &Config) -> anyhow::Result<
         at(0.5),
         at(0.9),
         at(0.99),
-        at(0.999_999),
+        latencies.last().copied().unwrap_or(f64::NAN),
     );
-    drop(confirmed);
-    scratch.drop().await
 }
 
 async fn write(

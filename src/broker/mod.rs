@@ -129,7 +129,7 @@ pub trait Broker: Send + Sync + 'static {
 /// had no outcome yet may or may not have reached a queue.
 pub trait Publisher: Send + 'static {
     /// How many messages [`publish`](Self::publish) takes now without waiting for outcomes; 0 means first take
-    /// an [`outcome`](Self::outcome).
+    /// some [`outcomes`](Self::outcomes).
     fn capacity(&self) -> usize;
 
     /// Messages without an outcome yet.

@@ -1,7 +1,7 @@
 //! The consumer: `relay → broker → `**`consumer`**` → inbox → handler`.
 //!
 //! One task owns the subscription: it hands deliveries to workers and acknowledges each one alone, after a worker
-//! committed it: applied, held for another attempt, or parked. Nothing is ever requeued. Workers ([`worker`]) own
+//! committed it: applied, held for another attempt, or parked. Nothing is ever requeued. Workers (`worker`) own
 //! one database session each. With order by key, a key always goes to the same worker, and what is held is decided
 //! by the table, so the order holds over redeliveries, failures and several processes. Left out on purpose: batches.
 

@@ -111,14 +111,11 @@ impl Worker {
     /// Brings a delivery to a committed outcome; false if the worker was stopped before.
     async fn deliver(&mut self, delivery: Delivery, stop: &CancellationToken) -> bool {
         failpoints::pass("consumer.delivered");
-        let message = match Received::from_delivery(delivery) {
-            Ok(message) => message,
-            Err(delivery) => {
-                let id = MessageId(Uuid::new_v7(uuid::Timestamp::now(uuid::NoContext)));
-                let message = Received::with_id(id, delivery);
-                return self.hold(&message, &Reason::NoMessageId, stop).await;
-            }
+        let Some(id) = Received::id_of(&delivery) else {
+            let message = Received::new(MessageId(Uuid::now_v7()), delivery);
+            return self.hold(&message, &Reason::NoMessageId, stop).await;
         };
+        let message = Received::new(id, delivery);
         let mut failures = 0;
         loop {
             match self.apply(&message).await {

@@ -90,10 +90,10 @@ pub fn plan(seed: u64, faults: Faults, orders: u64) -> Vec<Planned> {
     }
     // One relay dies while the broker is there: it leaves messages in flight, which the next sends again.
     let first = |fault| kinds.iter().position(|kind| *kind == fault);
-    if let (Some(relay), Some(broker)) = (first(Fault::KillActiveRelay), first(Fault::KillBroker)) {
-        if broker < relay {
-            kinds.swap(relay, broker);
-        }
+    if let (Some(relay), Some(broker)) = (first(Fault::KillActiveRelay), first(Fault::KillBroker))
+        && broker < relay
+    {
+        kinds.swap(relay, broker);
     }
     // Spread over the middle, one to each stretch: some orders before the first, some after the last.
     let stretch = orders * 8 / 10 / (kinds.len() as u64).max(1);

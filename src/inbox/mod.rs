@@ -39,18 +39,15 @@ const MAX_KEY_BYTES: usize = 255;
 const MAX_STREAM_BYTES: usize = 262;
 
 impl Received {
-    /// Reads a delivery. An id that is no uuid becomes a version 5 uuid of its text, the same at every delivery.
-    /// Without any id there is nothing to deduplicate by: the delivery comes back.
-    pub fn from_delivery(delivery: Delivery) -> Result<Self, Delivery> {
-        let Some(text) = delivery.message_id.as_deref().filter(|text| !text.is_empty()) else {
-            return Err(delivery);
-        };
-        let id = Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v5(&TEXT_IDS, text.as_bytes()));
-        Ok(Self::with_id(MessageId(id), delivery))
+    /// What a delivery is deduplicated by. An id that is no uuid becomes a version 5 uuid of its text, the same at every
+    /// delivery; without any id there is nothing.
+    pub fn id_of(delivery: &Delivery) -> Option<MessageId> {
+        let text = delivery.message_id.as_deref().filter(|text| !text.is_empty())?;
+        Some(MessageId(Uuid::parse_str(text).unwrap_or_else(|_| Uuid::new_v5(&TEXT_IDS, text.as_bytes()))))
     }
 
-    /// Reads a delivery under an id given from outside.
-    pub fn with_id(id: MessageId, delivery: Delivery) -> Self {
+    /// Reads a delivery under an id.
+    pub fn new(id: MessageId, delivery: Delivery) -> Self {
         // Postgres cannot store a NUL character, and no message of ours has one. What is longer than ours can be is not
         // ours, and would not fit into an index.
         let storable = |text: &str| text.replace('\0', "\u{fffd}");

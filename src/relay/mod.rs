@@ -1,7 +1,7 @@
 //! The relay: `app → outbox → `**`relay`**` → broker → consumer`.
 //!
-//! For each lane it can get the lease of: read the next window ([`reader`]), publish with confirms
-//! ([`publishing`]), settle. Any number of relays may run; those without a lane stand by. A relay that lost its
+//! For each lane it can get the lease of: read the next window (`reader`), publish with confirms
+//! (`publishing`), settle. Any number of relays may run; those without a lane stand by. A relay that lost its
 //! lease changes nothing any more, and what it had in flight arrives as duplicates with the same id and offset.
 //! Left out on purpose: deciding what an unroutable message deserves, which is an operator's matter.
 

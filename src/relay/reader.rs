@@ -23,7 +23,7 @@ const FIRST_PAGE_ROWS: i64 = 64;
 /// Bytes of bodies after which a read stops.
 const PAGE_BYTES: usize = 8 << 20;
 /// Looks while messages come: what a message waits here at most, beside the work for those before it.
-const POLL_BUSY: Duration = Duration::from_millis(1);
+const POLL_BUSY: Duration = Duration::from_millis(2);
 /// Looks when nothing has come for a while.
 const POLL_IDLE: Duration = Duration::from_millis(50);
 /// How long after the last message looks stay frequent.

@@ -1,8 +1,6 @@
 //! Goal: `oncebox.accept` says true once for a message, whatever transactions, twins in flight, clocks and folds there
 //! are, and forgets nothing when its transaction rolls back.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::publish::{set_trap, sprung};
 use crate::support::{Lab, eventually_number, number, unique};
 use oncebox::inbox;

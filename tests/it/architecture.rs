@@ -1,8 +1,6 @@
 //! Goal: the rules of the house that a compiler does not check: imports go downward, files stay short, and each
 //! foreign library stays in its room.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::statements::sources;
 
 /// Levels of the modules; a module may use those of lower levels only.

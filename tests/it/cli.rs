@@ -1,8 +1,6 @@
 //! Goal: the processes answer as an orchestrator and an operator expect: health, readiness, the API's description,
 //! and an end in order on SIGTERM.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::{LIMIT, Lab, ONCEBOX, Process, eventually};
 use serde_json::{Value, json};
 use sqlx::Executor;

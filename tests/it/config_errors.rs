@@ -1,8 +1,6 @@
 //! Goal: whatever is wrong from the start ends a command at once with the right exit code and one line that names the
 //! cause: 2 for usage and configuration, 1 for servers that refuse; no backtrace, no password, no busy loop.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::{Lab, ONCEBOX, Process, folder, shared_nodes, unique};
 use oncebox::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use oncebox::broker::{Broker, QueueSpec, Subscription};

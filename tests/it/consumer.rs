@@ -9,7 +9,7 @@ use oncebox::broker::{Broker, Publisher, QueueSpec, Subscription};
 use oncebox::consumer::{self, ConsumerError, ConsumerOptions, Order};
 use oncebox::inbox::Received;
 use oncebox::inbox::handler::{Handler, HandlerError, Handling};
-use oncebox::message::{Envelope, Message, MessageId, Position};
+use oncebox::message::{Envelope, Message, MessageId};
 use oncebox::outbox::{self, NewMessage};
 use serde_json::json;
 use sqlx::PgConnection;

@@ -1,8 +1,6 @@
 //! Goal: migrating works from many places at once, into any database of a cluster, with the rights it says it needs;
 //! and no process runs on a schema it does not know.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::{Lab, ONCEBOX, Process, connect, folder, number, shared_nodes, unique};
 use oncebox::node::{Postgres, PostgresOptions};
 use sqlx::{AssertSqlSafe, Executor};

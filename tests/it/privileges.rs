@@ -1,8 +1,6 @@
 //! Goal: each role may do what its work needs and nothing else, on every object there is: the expected rights are
 //! listed here in full, so an object or a right without an entry fails. And what is granted is enough to work with.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::wire::Tap;
 use crate::support::{Lab, connect, eventually_number, unique};
 use sqlx::AssertSqlSafe;

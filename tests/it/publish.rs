@@ -1,8 +1,6 @@
 //! Goal: `oncebox.publish` refuses what could not be carried and writes nothing then, takes everything up to its limits
 //! byte for byte, follows the caller's transaction in all its forms, and runs none of the caller's code as the owner.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::{Lab, connect, unique};
 use oncebox::message::MessageId;
 use oncebox::outbox::{self, NewMessage, PublishError};

@@ -1,7 +1,5 @@
 //! Goal: every SQL statement of the program fits the schema, and every one is found here: none hides in a call.
 
-#![allow(clippy::unwrap_used)]
-
 use crate::support::Lab;
 use oncebox::{inbox, outbox, relay};
 use sqlx::{Executor, SqlSafeStr};

@@ -51,11 +51,6 @@ impl Process {
         assert!(status.expect("kill runs").success(), "kill -s {signal}");
     }
 
-    /// Still running?
-    pub fn is_running(&mut self) -> bool {
-        self.child.try_wait().expect("its status is known").is_none()
-    }
-
     /// Waits for its end.
     pub async fn end(&mut self) -> ExitStatus {
         let began = Instant::now();

@@ -66,8 +66,8 @@ async fn reconnect(url: &str) -> PgConnection {
 }
 
 async fn transaction(conn: &mut PgConnection, storm: Storm, n: usize) -> Result<(), sqlx::Error> {
-    conn.execute(if mix(n) % 3 == 0 { "begin; set local synchronous_commit = off" } else { "begin" }).await?;
-    let key = (mix(n + 1) % 10 != 0).then(|| format!("k{}", mix(n + 2) % storm.keys));
+    conn.execute(if mix(n).is_multiple_of(3) { "begin; set local synchronous_commit = off" } else { "begin" }).await?;
+    let key = (!mix(n + 1).is_multiple_of(10)).then(|| format!("k{}", mix(n + 2) % storm.keys));
     if let Some(key) = &key {
         // As an app does that needs the order of its key: the row lock first, then publish.
         sqlx::query("select from app_key where key = $1 for update").bind(key).execute(&mut *conn).await?;
@@ -82,7 +82,7 @@ async fn transaction(conn: &mut PgConnection, storm: Storm, n: usize) -> Result<
     .bind(storm.batch as i32)
     .execute(&mut *conn)
     .await?;
-    conn.execute(if mix(n + 3) % 10 == 0 { "rollback" } else { "commit" }).await?;
+    conn.execute(if mix(n + 3).is_multiple_of(10) { "rollback" } else { "commit" }).await?;
     Ok(())
 }
 
