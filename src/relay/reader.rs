@@ -120,11 +120,11 @@ impl Reader {
             }
 
             let looked = Instant::now();
-            let probe = journal::probe(&mut self.conn, &self.newest).await?;
+            let probe = journal::probe(&mut self.conn, &self.newest, last_row.elapsed() >= BUSY_FOR).await?;
             let numbers = probe.q - self.newest.q2;
             let unseen = numbers >= REBASE_NUMBERS || (numbers > 0 && looked.elapsed() >= REBASE_SLOW);
             let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
-            let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER && !self.newest.nothing_was_open();
+            let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER && !self.newest.ended_calm();
             if probe.found || rebase || tidy {
                 tidied |= tidy;
                 self.open_window(probe.q).await?;

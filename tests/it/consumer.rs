@@ -1,8 +1,9 @@
 //! Goal: each message's effect happens exactly once and in the order of its key, through killed processes, copies on
 //! the wire, failing handlers and absent servers; what cannot be applied is parked by name.
 
+use crate::support::proxy::Proxy;
 use crate::support::wire::Tap;
-use crate::support::{Lab, connect, eventually, eventually_number};
+use crate::support::{Lab, Process, connect, eventually, eventually_number};
 use oncebox::backoff::Backoff;
 use oncebox::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use oncebox::broker::{Broker, Publisher, QueueSpec, Subscription};
@@ -573,4 +574,39 @@ async fn returned_messages_are_put_in_order() {
     let _consumer = lab.consume(&lab.config(CONFIG)).await;
     eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", 6).await;
     assert_in_order(&effects(&lab).await, 6, 1);
+}
+
+/// Goal: with the network cut again and again, between any two bytes and in the middle of any commit, each effect
+/// happens once, in the order of its key.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_network_loses_doubles_and_reorders_nothing() {
+    let lab = Lab::shared().await;
+    shop(&lab).await;
+    let (database, broker) = (Proxy::to(lab.postgres.port()).await, Proxy::to(lab.rabbit.port()).await);
+    let through = |args: &[&str]| {
+        let mut command = lab.command(args);
+        command
+            .env("ONCEBOX_DATABASE_URL", database.instead_of(&lab.database_url, lab.postgres.port()))
+            .env("ONCEBOX_AMQP_URL", broker.instead_of(&lab.amqp_url, lab.rabbit.port()));
+        Process::spawn(command)
+    };
+    let config = lab.config(CONFIG);
+    let consumer = through(&["consume", "--config", &config]);
+    consumer.wait_for_log("consuming").await;
+    let relay = through(&["relay"]);
+    let (count, keys) = (4_000, 11);
+    for round in 0..10 {
+        publish(&lab, 1 + round * count / 10, count / 10, keys).await;
+        tokio::time::sleep(Duration::from_millis(150 + 40 * round as u64)).await;
+        if round % 3 != 1 {
+            database.cut();
+        }
+        if round % 3 != 0 {
+            broker.cut();
+        }
+    }
+    eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", count).await;
+    assert_in_order(&effects(&lab).await, count, keys);
+    assert_eq!(lab.number("select count(*) from oncebox.inbox_held").await, 0);
+    assert!(relay.log().contains("begins anew"), "no cut was noticed: the test shows nothing");
 }

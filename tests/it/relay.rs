@@ -427,3 +427,24 @@ async fn transaction_ids_that_moved_backwards_are_noticed() {
     let relay = lab.spawn(&["relay"]);
     relay.wait_for_log("transaction ids have moved backwards").await;
 }
+
+/// Goal: a database that answers nothing is noticed within the lease's term; nothing is published meanwhile, and
+/// everything is after it answers again.
+#[tokio::test]
+async fn a_frozen_database_is_noticed() {
+    let mut lab = Lab::own().await;
+    let tap = Tap::on(&lab).await;
+    let relay = lab.relay().await;
+    lab.sql("create table app (n bigserial primary key, id uuid not null, key text);
+        insert into app (id, key) select oncebox.publish('t', to_jsonb(i), key => 'k'), 'k' from generate_series(1, 100) as i")
+    .await;
+    lab.postgres.freeze();
+    let began = Instant::now();
+    relay.wait_for_log("begins anew").await;
+    assert!(began.elapsed() < Duration::from_secs(8), "it took {:?}", began.elapsed());
+    lab.postgres.thaw();
+    lab.sql("insert into app (id, key) select oncebox.publish('t', to_jsonb(i), key => 'k'), 'k' from generate_series(1, 100) as i").await;
+    eventually_number(&mut lab.connect().await, UNSETTLED, 0).await;
+    let committed = storm::committed(&lab).await;
+    tap.read(committed.len()).await.assert_exactly(&committed);
+}

@@ -5,6 +5,7 @@
 //! process, ends however it ends.
 
 pub mod process;
+pub mod proxy;
 pub mod rabbit;
 pub mod storm;
 pub mod wire;
