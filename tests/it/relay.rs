@@ -272,7 +272,7 @@ async fn a_stopped_relay_drains_and_gives_its_lane_back() {
     .await;
     let mut relay = lab.relay().await;
     let mut conn = lab.connect().await;
-    eventually("it publishes", async || tap.has_messages(&lab).await.then_some(())).await;
+    eventually("it publishes", async || (tap.depth().await > 0).then_some(())).await;
     let (status, took) = relay.stop().await;
     assert!(status.success(), "{}", relay.log());
     assert!(took < Duration::from_secs(10), "it took {took:?}");

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 /// A durable queue that sees every message of a vhost.
 pub struct Tap {
+    amqp_url: String,
     broker: RabbitMq,
     queue: QueueSpec,
 }
@@ -22,6 +23,7 @@ impl Tap {
         let mut options = RabbitMqOptions::new(&lab.amqp_url);
         options.connection_name = "tap".to_owned();
         let tap = Self {
+            amqp_url: lab.amqp_url.clone(),
             broker: RabbitMq::new(options).expect("a valid URL"),
             queue: QueueSpec {
                 name: name.to_owned(),
@@ -42,13 +44,13 @@ impl Tap {
         Self::bound(lab, name, bindings).await
     }
 
-    /// Whether its queue holds anything.
-    pub async fn has_messages(&self, lab: &Lab) -> bool {
-        let list = ["list_queues", "-p", &lab.name, "--quiet", "--no-table-headers", "name", "messages"];
-        let listing = lab.rabbit.ctl(&list).await.expect("rabbitmqctl answers");
-        listing.lines().any(|line| {
-            line.split_once('\t').is_some_and(|(name, count)| name == self.queue.name && count.trim() != "0")
-        })
+    /// How many messages lie in its queue.
+    pub async fn depth(&self) -> u32 {
+        let connection = lapin::Connection::connect(&self.amqp_url, Default::default()).await.expect("connects");
+        let channel = connection.create_channel().await.expect("a channel");
+        let passive = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = channel.queue_declare(self.queue.name.as_str().into(), passive, Default::default()).await;
+        queue.expect("the tap is there").message_count()
     }
 
     /// Reads until `distinct` different messages were seen and nothing more comes for a moment.
