@@ -107,7 +107,7 @@ declare
     v_day_leaf constant smallint := oncebox.inbox_day_leaf(accept.message_id);
     v_forgotten_ms bigint;
     v_leaf smallint := c_plain;
-    v_other smallint := oncebox.inbox_day_leaf(accept.message_id);
+    v_other smallint := v_day_leaf;
     v_inserted integer;
 begin
     if v_consumer is null or octet_length(v_consumer) not between 1 and 255 then

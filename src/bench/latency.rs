@@ -1,6 +1,6 @@
 //! From commit to confirm, at a steady rate.
 
-use super::{Scratch, body};
+use super::{Scratch, body, with_queue};
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, BrokerError, Outcome, Publisher, QueueSpec, Subscription};
 use crate::config::Config;
@@ -35,15 +35,18 @@ pub(super) struct LatencyBench {
 type Confirmed = Arc<Mutex<HashMap<Uuid, Instant>>>;
 
 pub(super) async fn run(bench: LatencyBench, config: &Config) -> anyhow::Result<()> {
+    with_queue(config, async |exchange| measure(&bench, config, exchange).await).await
+}
+
+async fn measure(bench: &LatencyBench, config: &Config, exchange: &str) -> anyhow::Result<()> {
     let scratch = Scratch::create(config.database_url()?).await?;
-    let exchange = format!("oncebox-bench-{}", Uuid::now_v7().simple());
+    let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
     let spec = QueueSpec {
-        name: exchange.clone(),
-        exchange: exchange.clone(),
-        bindings: vec!["#".to_owned()],
+        name: exchange.to_owned(),
+        exchange: exchange.to_owned(),
+        bindings: Vec::new(),
         single_active_consumer: false,
     };
-    let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
     let mut subscription = broker.subscribe(&spec, 1_000).await?;
     let consuming = tokio::spawn(async move {
         while let Ok(delivery) = subscription.next().await {
@@ -57,7 +60,7 @@ pub(super) async fn run(bench: LatencyBench, config: &Config) -> anyhow::Result<
     let shutdown = CancellationToken::new();
     let options = RelayOptions {
         database_url: scratch.url.clone(),
-        exchange: exchange.clone(),
+        exchange: exchange.to_owned(),
         key_window: config.key_window,
         drain_deadline: Duration::from_secs(10),
     };
@@ -81,7 +84,7 @@ pub(super) async fn run(bench: LatencyBench, config: &Config) -> anyhow::Result<
     relay.await??;
     consuming.abort();
 
-    report(&bench, &committed, &confirmed);
+    report(bench, &committed, &confirmed);
     scratch.drop().await
 }
 
@@ -166,10 +169,6 @@ impl<P: Publisher> Publisher for TimedPublisher<P> {
     async fn publish(&mut self, ticket: u64, envelope: &Envelope) -> Result<(), BrokerError> {
         self.ids.insert(ticket, envelope.message.id.0);
         self.publisher.publish(ticket, envelope).await
-    }
-
-    fn flush(&mut self) {
-        self.publisher.flush();
     }
 
     async fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), BrokerError> {

@@ -6,10 +6,14 @@
 mod latency;
 mod relay;
 
+use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
+use crate::broker::{Broker, QueueSpec, Subscription};
 use crate::config::Config;
 use crate::message::{Envelope, Headers, Message, MessageId, Position};
 use crate::migrate;
 use clap::{Args, Subcommand};
+use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
+use lapin::{Channel, ConnectionProperties};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
 use uuid::Uuid;
 
@@ -59,6 +63,29 @@ impl Scratch {
         PgConnection::connect(&self.server_url).await?.execute(AssertSqlSafe(drop)).await?;
         Ok(())
     }
+}
+
+/// Runs a measurement with an exchange and a quorum queue of one's own, both of the name it is given, and removes both.
+async fn with_queue<T>(config: &Config, work: impl AsyncFnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let name = format!("oncebox-bench-{}", Uuid::now_v7().simple());
+    let spec = QueueSpec {
+        name: name.clone(),
+        exchange: name.clone(),
+        bindings: vec!["#".to_owned()],
+        single_active_consumer: false,
+    };
+    let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
+    broker.subscribe(&spec, 1).await?.close().await;
+    let result = work(&name).await;
+    let channel = channel(config).await?;
+    channel.queue_delete(name.as_str().into(), QueueDeleteOptions::default()).await?;
+    channel.exchange_delete(name.as_str().into(), ExchangeDeleteOptions::default()).await?;
+    result
+}
+
+async fn channel(config: &Config) -> anyhow::Result<Channel> {
+    let connection = lapin::Connection::connect(config.amqp_url()?, ConnectionProperties::default()).await?;
+    Ok(connection.create_channel().await?)
 }
 
 /// A message of the size and shape that the benchmarks publish.

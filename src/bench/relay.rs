@@ -1,24 +1,20 @@
 //! Drain of a backlog: the relay, and a bare lapin publisher of the same messages, in turn.
 
-use super::{Scratch, body, cpu_seconds, envelope, median};
+use super::{Scratch, body, channel, cpu_seconds, envelope, median, with_queue};
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions, properties};
-use crate::broker::{Broker, QueueSpec, Subscription};
 use crate::config::Config;
 use crate::relay::{self, RelayOptions};
 use anyhow::{Context, bail};
 use clap::Args;
 use comfy_table::Table;
-use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions,
-};
+use lapin::Confirmation;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
-use lapin::{Channel, Confirmation, ConnectionProperties};
 use sqlx::{Connection, PgConnection};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 /// Unconfirmed messages of the bare publisher: more is no faster.
 const WINDOW: usize = 5_000;
@@ -79,29 +75,6 @@ pub(super) async fn run(bench: RelayBench, config: &Config) -> anyhow::Result<()
     );
     println!("{table}");
     Ok(())
-}
-
-/// Runs a measurement with an exchange and a quorum queue of one's own, and removes both.
-async fn with_queue(config: &Config, work: impl AsyncFnOnce(&str) -> anyhow::Result<Figure>) -> anyhow::Result<Figure> {
-    let name = format!("oncebox-bench-{}", Uuid::now_v7().simple());
-    let spec = QueueSpec {
-        name: name.clone(),
-        exchange: name.clone(),
-        bindings: vec!["#".to_owned()],
-        single_active_consumer: false,
-    };
-    let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
-    broker.subscribe(&spec, 1).await?.close().await;
-    let result = work(&name).await;
-    let channel = channel(config).await?;
-    channel.queue_delete(name.as_str().into(), QueueDeleteOptions::default()).await?;
-    channel.exchange_delete(name.as_str().into(), ExchangeDeleteOptions::default()).await?;
-    result
-}
-
-async fn channel(config: &Config) -> anyhow::Result<Channel> {
-    let connection = lapin::Connection::connect(config.amqp_url()?, ConnectionProperties::default()).await?;
-    Ok(connection.create_channel().await?)
 }
 
 async fn lapin_alone(bench: &RelayBench, config: &Config, exchange: &str) -> anyhow::Result<Figure> {

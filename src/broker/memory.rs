@@ -259,8 +259,6 @@ impl Publisher for MemoryPublisher {
         })
     }
 
-    fn flush(&mut self) {}
-
     async fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), BrokerError> {
         loop {
             let shared = Arc::clone(&self.connection.shared);

@@ -142,9 +142,6 @@ pub trait Publisher: Send + 'static {
     /// capacity left. Not cancel safe.
     fn publish(&mut self, ticket: u64, envelope: &Envelope) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
-    /// Says that nothing more follows for the moment, so that outcomes need not wait for company.
-    fn flush(&mut self);
-
     /// Waits for the next batch of exact outcomes and appends it to `into`; pends while nothing is unconfirmed.
     /// A return is never mistaken for a confirm, whatever else is in flight. Cancel safe. Fails with
     /// [`BrokerError::TimedOut`] when the oldest unconfirmed message has waited too long on a session that is

@@ -78,7 +78,6 @@ async fn publish_end(broker: &RabbitMq) -> anyhow::Result<()> {
     let position = Position { source: Uuid::nil(), stream: END.to_owned(), offset: 1 };
     let mut publisher = broker.publisher(EXCHANGE).await?;
     publisher.publish(0, &Envelope { message, position, ordinal: 1 }).await?;
-    publisher.flush();
     let mut outcomes = Vec::new();
     while outcomes.is_empty() {
         publisher.outcomes(&mut outcomes).await?;

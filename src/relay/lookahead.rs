@@ -133,11 +133,6 @@ impl Lookahead {
         Some(ticket)
     }
 
-    /// True when no message may be sent before another one's outcome.
-    pub fn is_waiting(&self) -> bool {
-        self.ready.is_empty()
-    }
-
     /// A message by its ticket.
     pub fn item(&self, ticket: Ticket) -> &Item {
         let item = self.entries[(ticket - self.first) as usize].item.as_ref();

@@ -243,11 +243,8 @@ impl<B: Broker> Publishing<'_, B> {
             publisher.publish(ticket, &item.envelope).await?;
             sent += 1;
         }
-        if sent > 0 || !held.in_flight.is_empty() {
+        if sent > 0 {
             failpoints::pass("relay.published");
-        }
-        if self.lookahead.is_waiting() || !suspects.is_empty() {
-            publisher.flush();
         }
         Ok(())
     }
@@ -349,7 +346,6 @@ impl<B: Broker> Publishing<'_, B> {
             held.in_flight.insert(ticket, due);
             publisher.publish(ticket, &envelope).await?;
         }
-        publisher.flush();
         held.next_look = Some(Instant::now() + if self.waiting > 0 { HELD_EVERY } else { HELD_IDLE_EVERY });
         Ok(())
     }

@@ -165,9 +165,6 @@ async fn publish(publisher: &mut impl Publisher, envelopes: &[Envelope]) -> Resu
             sent += 1;
         }
         assert_eq!(publisher.unconfirmed(), sent - settled);
-        if sent == envelopes.len() {
-            publisher.flush();
-        }
         soon("an outcome", publisher.outcomes(&mut batch)).await?;
         settled += batch.len();
         for (got, outcome) in batch.drain(..) {
@@ -379,7 +376,6 @@ async fn outcomes_may_be_cancelled(place: &impl Place) {
         if let Some(result) = publisher.outcomes(&mut outcomes).now_or_never() {
             result.unwrap();
         }
-        publisher.flush();
         while publisher.capacity() == 0 {
             soon("an outcome", publisher.outcomes(&mut outcomes)).await.unwrap();
         }
@@ -559,7 +555,6 @@ async fn rabbitmq_alarms_block_and_large_bodies_close_the_channel() {
     for n in 1..=1_000 {
         soon("a publish while blocked", publisher.publish(n as u64, &envelope("t", n))).await.unwrap();
     }
-    publisher.flush();
     let waited = tokio::time::timeout(Duration::from_secs(4), publisher.outcomes(&mut outcomes)).await;
     assert!(waited.is_err(), "{waited:?} while blocked");
     assert!(publisher.is_blocked() && publisher.unconfirmed() == before + 1_000);

@@ -131,7 +131,6 @@ async fn effects_happen_once_and_in_order_through_kills_and_copies() {
         }
         publisher.publish(ticket, &Envelope { message, position, ordinal }).await.expect("publishes");
     }
-    publisher.flush();
     while publisher.unconfirmed() > 0 {
         publisher.outcomes(&mut outcomes).await.expect("confirms");
     }

@@ -318,9 +318,6 @@ impl Publisher for RabbitPublisher {
         Ok(())
     }
 
-    /// Does nothing: no outcome waits for company.
-    fn flush(&mut self) {}
-
     async fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), BrokerError> {
         poll_fn(|cx| self.poll_outcomes(cx, into)).await
     }
