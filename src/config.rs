@@ -4,8 +4,10 @@
 
 use crate::backoff::Backoff;
 use crate::consumer::Order;
+use crate::http::{Endpoint, HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 use sqlx::postgres::PgConnectOptions;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
@@ -42,6 +44,7 @@ pub struct Overrides {
 pub struct Config {
     database_url: Option<String>,
     amqp_url: Option<String>,
+    management_url: Option<String>,
     /// Where the REST API listens.
     pub listen: SocketAddr,
     /// Topic exchange.
@@ -50,6 +53,8 @@ pub struct Config {
     pub drain_deadline: Duration,
     /// Unconfirmed messages of one key.
     pub key_window: usize,
+    /// How often topics that no queue was bound for are tried again, if at all.
+    pub unroutable_probe: Option<Duration>,
     /// Consumers, in the order of the file.
     pub consumers: Vec<ConsumerConfig>,
 }
@@ -65,10 +70,12 @@ pub struct ConsumerConfig {
     pub queue: String,
     /// Topic patterns.
     pub bindings: Vec<String>,
-    /// Name of the SQL function that handles messages.
-    pub sql_handler: String,
+    /// What handles messages.
+    pub handler: HandlerConfig,
     /// Handlers at a time.
     pub concurrency: usize,
+    /// Most messages of one transaction.
+    pub batch: usize,
     /// Failures after which a message is parked.
     pub max_attempts: u32,
     /// Order of effects.
@@ -79,11 +86,26 @@ pub struct ConsumerConfig {
     pub handler_timeout: Duration,
 }
 
+/// What handles a consumer's messages.
+#[derive(Debug, Clone)]
+pub enum HandlerConfig {
+    /// A function in its database, by name.
+    Sql(String),
+    /// An HTTP endpoint.
+    Http {
+        /// Where messages are posted.
+        endpoint: Endpoint,
+        /// Fields of every request; never shown.
+        headers: HeaderMap,
+    },
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
     database_url: Option<String>,
     amqp_url: Option<String>,
+    management_url: Option<String>,
     listen: Option<String>,
     exchange: Option<String>,
     drain_deadline: Option<String>,
@@ -97,6 +119,7 @@ struct File {
 #[serde(deny_unknown_fields)]
 struct RelayTable {
     key_window: Option<usize>,
+    unroutable_probe: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -109,6 +132,7 @@ struct ConsumerTable {
     bindings: Vec<String>,
     handler: HandlerTable,
     concurrency: Option<usize>,
+    batch: Option<usize>,
     max_attempts: Option<u32>,
     order: Option<String>,
     backoff_initial: Option<String>,
@@ -121,6 +145,8 @@ struct ConsumerTable {
 struct HandlerTable {
     sql: Option<String>,
     http: Option<String>,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
 }
 
 impl Config {
@@ -147,12 +173,17 @@ impl Config {
         Ok(Self {
             database_url: overrides.database_url.or(file.database_url),
             amqp_url: overrides.amqp_url.or(file.amqp_url),
+            management_url: file.management_url,
             listen: listen
                 .parse()
                 .map_err(|_| ConfigError::new("listen", format!("\"{listen}\" is no address:port")))?,
             exchange: short("exchange", file.exchange.unwrap_or_else(|| "oncebox".to_owned()))?,
             drain_deadline: duration("drain_deadline", file.drain_deadline, Duration::from_secs(10))?,
             key_window: at_least_one("relay.key_window", file.relay.key_window.unwrap_or(1), 10_000)?,
+            unroutable_probe: match file.relay.unroutable_probe.as_deref() {
+                Some("off") => None,
+                _ => Some(duration("relay.unroutable_probe", file.relay.unroutable_probe, Duration::from_secs(30))?),
+            },
             consumers,
         })
     }
@@ -179,26 +210,31 @@ impl Config {
             Err(ConfigError::new("amqp_url", "must begin with amqp:// or amqps://"))
         }
     }
+
+    /// Whether there is a broker at all.
+    pub fn has_amqp_url(&self) -> bool {
+        self.amqp_url.is_some()
+    }
+
+    /// RabbitMQ's management API, by flag or environment (`over`) or the file.
+    pub fn management(&self, over: Option<&str>) -> Result<Option<Endpoint>, ConfigError> {
+        let url = over.or(self.management_url.as_deref());
+        url.map(|url| Endpoint::parse(url).map_err(|error| ConfigError::new("management_url", error.to_string())))
+            .transpose()
+    }
 }
 
 fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
     let name = short("consumer.name", table.name)?;
     let setting = |field: &str| format!("consumer \"{name}\": {field}");
-    let sql_handler = match (table.handler.sql, table.handler.http) {
-        (Some(sql), None) => sql,
-        (None, Some(_)) => {
-            return Err(ConfigError::new(setting("handler.http"), "is not supported yet: give handler.sql"));
-        }
-        _ => return Err(ConfigError::new(setting("handler"), "must be { sql = \"schema.function\" }")),
-    };
-    crate::inbox::handler::SqlHandler::new(&sql_handler)
-        .map_err(|error| ConfigError::new(setting("handler.sql"), error.to_string()))?;
+    let handler = handler(table.handler, &setting)?;
     let order = match table.order.as_deref() {
         None | Some("key") => Order::Key,
         Some("none") => Order::None,
-        Some("stream") => return Err(ConfigError::new(setting("order"), "\"stream\" is not supported yet")),
+        Some("stream") => Order::Stream,
         Some(other) => {
-            return Err(ConfigError::new(setting("order"), format!("\"{other}\" is neither \"key\" nor \"none\"")));
+            let reason = format!("\"{other}\" is neither \"key\", \"stream\" nor \"none\"");
+            return Err(ConfigError::new(setting("order"), reason));
         }
     };
     if let Some(url) = &table.database_url {
@@ -207,12 +243,17 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
     for binding in &table.bindings {
         short(&setting("bindings"), binding.clone())?;
     }
+    let batch = at_least_one(&setting("batch"), table.batch.unwrap_or(1), 1_000)?;
+    if batch > 1 && (order == Order::Stream || matches!(handler, HandlerConfig::Http { .. })) {
+        return Err(ConfigError::new(setting("batch"), "is for SQL handlers with order \"key\" or \"none\""));
+    }
     let max_attempts = table.max_attempts.unwrap_or(5);
     Ok(ConsumerConfig {
         queue: short(&setting("queue"), table.queue.unwrap_or_else(|| name.clone()))?,
         database_url: table.database_url,
-        sql_handler,
+        handler,
         concurrency: at_least_one(&setting("concurrency"), table.concurrency.unwrap_or(8), 256)?,
+        batch,
         max_attempts: at_least_one(&setting("max_attempts"), max_attempts as usize, 1_000_000)? as u32,
         order,
         backoff: Backoff {
@@ -225,8 +266,53 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
     })
 }
 
-/// The driver takes other schemes too, and its words do not quote the password.
-fn postgres_url(setting: &str, url: &str) -> Result<(), ConfigError> {
+fn handler(table: HandlerTable, setting: &dyn Fn(&str) -> String) -> Result<HandlerConfig, ConfigError> {
+    match (table.sql, table.http) {
+        (Some(_), None) if !table.headers.is_empty() => {
+            Err(ConfigError::new(setting("handler.headers"), "go with handler.http only"))
+        }
+        (Some(sql), None) => {
+            crate::inbox::handler::SqlHandler::new(&sql)
+                .map_err(|error| ConfigError::new(setting("handler.sql"), error.to_string()))?;
+            Ok(HandlerConfig::Sql(sql))
+        }
+        (None, Some(url)) => {
+            let endpoint =
+                Endpoint::parse(&url).map_err(|error| ConfigError::new(setting("handler.http"), error.to_string()))?;
+            let mut headers = HeaderMap::new();
+            for (name, value) in &table.headers {
+                let (name, value) = field(name, value)
+                    .map_err(|reason| ConfigError::new(setting(&format!("handler.headers.{name}")), reason))?;
+                if headers.insert(&name, value).is_some() {
+                    return Err(ConfigError::new(setting("handler.headers"), format!("{name} is there twice")));
+                }
+            }
+            if endpoint.has_credentials() && headers.contains_key("authorization") {
+                let reason = "and credentials in handler.http: give one of them";
+                return Err(ConfigError::new(setting("handler.headers.Authorization"), reason));
+            }
+            Ok(HandlerConfig::Http { endpoint, headers })
+        }
+        _ => Err(ConfigError::new(
+            setting("handler"),
+            "must be { sql = \"schema.function\" } or { http = \"http://host/path\" }",
+        )),
+    }
+}
+
+/// A field of every request; its value may be a secret, so nothing shows it.
+fn field(name: &str, value: &str) -> Result<(HeaderName, HeaderValue), &'static str> {
+    let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| "is no name of an HTTP field")?;
+    if !crate::inbox::http::may_be_fixed(name.as_str()) {
+        return Err("is not for the config to set");
+    }
+    let mut value = HeaderValue::from_str(value).map_err(|_| "must be visible ASCII")?;
+    value.set_sensitive(true);
+    Ok((name, value))
+}
+
+/// Refuses what is no URL of a Postgres: the driver takes other schemes too, and its words do not quote the password.
+pub fn postgres_url(setting: &str, url: &str) -> Result<(), ConfigError> {
     if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
         return Err(ConfigError::new(setting, "must begin with postgres:// or postgresql://"));
     }
@@ -254,7 +340,7 @@ fn at_least_one(setting: &str, value: usize, at_most: usize) -> Result<usize, Co
 }
 
 /// Durations are a number and a unit: 250ms, 10s, 5m, 2h.
-fn duration(setting: &str, text: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
+pub fn duration(setting: &str, text: Option<String>, default: Duration) -> Result<Duration, ConfigError> {
     let Some(text) = text else { return Ok(default) };
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let unit_ms = match &text[digits..] {
@@ -294,6 +380,7 @@ mod tests {
     #[test]
     fn errors_name_the_setting() {
         let consumer = |line: &str| format!("[[consumer]]\nname = \"b\"\nhandler = {{ sql = \"f\" }}\n{line}");
+        let http = |rest: &str| format!("[[consumer]]\nname = \"b\"\nhandler = {{ http = {rest} }}");
         for (text, expected) in [
             (String::new(), "database_url: is not set"),
             ("databse_url = \"x\"".to_owned(), "config file, line 1: unknown field `databse_url`"),
@@ -301,17 +388,30 @@ mod tests {
             ("listen = \"7077\"".to_owned(), "listen: \"7077\" is no address:port"),
             ("drain_deadline = \"10\"".to_owned(), "drain_deadline: \"10\" is no duration"),
             ("[relay]\nkey_window = 0".to_owned(), "relay.key_window: must be 1 to 10000"),
+            ("[relay]\nunroutable_probe = \"never\"".to_owned(), "relay.unroutable_probe: \"never\" is no duration"),
             ("exchange = \"\"".to_owned(), "exchange: must be 1 to 255 bytes"),
             ("[[consumer]]\nname = \"b\"".to_owned(), "config file, line 1: missing field `handler`"),
-            (consumer("order = \"stream\""), "consumer \"b\": order: \"stream\" is not supported yet"),
             (consumer("order = \"fifo\""), "consumer \"b\": order: \"fifo\" is neither"),
             (consumer("concurrency = 0"), "consumer \"b\": concurrency: must be 1 to 256"),
+            (consumer("batch = 0"), "consumer \"b\": batch: must be 1 to 1000"),
             (consumer("max_attempts = 0"), "consumer \"b\": max_attempts: must be 1"),
             (consumer("backoff_cap = \"1 day\""), "consumer \"b\": backoff_cap: \"1 day\" is no duration"),
             (consumer(&consumer("")), "consumer.name: \"b\" is there twice"),
+            (http("\"x\""), "consumer \"b\": handler.http: must begin with http:// or https://"),
+            (http("\"ftp://u:se-cret@x/\""), "consumer \"b\": handler.http: must begin with http:// or https://"),
+            (http("\"http:///hook\""), "consumer \"b\": handler.http: is no valid URL"),
+            (http("\"http://x\", sql = \"f\""), "consumer \"b\": handler: must be { sql ="),
+            (http("\"http://x\", headers = { Host = \"y\" }"), "handler.headers.Host: is not for the config to set"),
+            (http("\"http://x\", headers = { \"a b\" = \"y\" }"), "handler.headers.a b: is no name of an HTTP field"),
+            (http("\"http://x\", headers = { a = \"se-cret\\n\" }"), "handler.headers.a: must be visible ASCII"),
+            (http("\"http://x\", headers = { a = \"1\", A = \"2\" }"), "handler.headers: a is there twice"),
             (
-                "[[consumer]]\nname = \"b\"\nhandler = { http = \"http://x\" }".to_owned(),
-                "handler.http: is not supported",
+                http("\"http://u:se-cret@x\", headers = { authorization = \"Bearer t\" }"),
+                "handler.headers.Authorization: and credentials in handler.http",
+            ),
+            (
+                "[[consumer]]\nname = \"b\"\nhandler = { sql = \"f\", headers = { a = \"b\" } }".to_owned(),
+                "handler.headers: go with handler.http only",
             ),
             (
                 "[[consumer]]\nname = \"b\"\nhandler = { sql = \"a.b.c\" }".to_owned(),
@@ -321,7 +421,19 @@ mod tests {
             let error = refused(&text);
             assert!(error.contains(expected), "{text:?} gave {error:?}, not {expected:?}");
             assert_eq!(error.lines().count(), 1, "{error}");
+            assert!(!error.contains("se-cret"), "{error}");
         }
+    }
+
+    /// Goal: an endpoint's secrets are nowhere in what is printed of a config.
+    #[test]
+    fn secrets_of_endpoints_are_not_shown() {
+        let text = "[[consumer]]\nname = \"b\"\nhandler = { http = \"http://u:se-cret@x/?key=se-cret\", headers = { X-Token = \"se-cret\" } }";
+        let config = Config::parse(text, Overrides::default()).expect("valid");
+        let HandlerConfig::Http { headers, .. } = &config.consumers[0].handler else { panic!("no HTTP handler") };
+        assert_eq!(headers.get("x-token").expect("given"), "se-cret");
+        let shown = format!("{config:?}");
+        assert!(shown.contains("http://x/") && !shown.contains("se-cret"), "{shown}");
     }
 
     /// Goal: flags and environment win over the file, the file over defaults.

@@ -61,6 +61,12 @@ pub enum DbError {
         /// Which lane.
         lane: i16,
     },
+    /// The lane's plans belong to another database, or to an earlier point of this one.
+    #[error("lane {lane} must move to a new source")]
+    SourceReplaced {
+        /// Which lane.
+        lane: i16,
+    },
     /// The journal contradicts itself; publishing on would reuse or skip offsets.
     #[error("the journal of lane {lane} is inconsistent at plan {n}: {reason}")]
     JournalBroken {
@@ -80,7 +86,7 @@ impl DbError {
     /// True when the same work can succeed later without anyone changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::TimedOut { .. } | Self::FenceBroken(_) | Self::LeaseLost { .. } => true,
+            Self::TimedOut { .. } | Self::FenceBroken(_) | Self::LeaseLost { .. } | Self::SourceReplaced { .. } => true,
             Self::Sqlx(error) => is_transient(error),
             _ => false,
         }

@@ -5,5 +5,6 @@ use std::process::ExitCode;
 
 #[tokio::main]
 async fn main() -> ExitCode {
+    oncebox::cli::end_quietly_without_a_reader();
     oncebox::cli::run(oncebox::cli::Cli::parse()).await
 }

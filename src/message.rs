@@ -20,6 +20,8 @@ pub mod header {
     pub const ORDINAL: &str = "oncebox-ordinal";
     /// The ordering key, when there is one.
     pub const KEY: &str = "oncebox-key";
+    /// On a void notice only: why the offset it names will never come.
+    pub const VOID: &str = "oncebox-void";
 }
 
 /// Identity of a message: what the inbox deduplicates by.
@@ -83,6 +85,19 @@ pub struct Envelope {
     pub ordinal: i64,
 }
 
+/// A notice that the message of an offset will never come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Void {
+    /// The offset.
+    pub position: Position,
+    /// Topic of the message that will not come.
+    pub topic: String,
+    /// Its id.
+    pub message_id: MessageId,
+    /// `expired`, `refused` or `discarded`.
+    pub reason: String,
+}
+
 /// A message as a consumer receives it, from oncebox's relay or from any other producer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delivery {
@@ -117,6 +132,11 @@ impl Delivery {
         let source = self.headers.get(header::SOURCE)?.as_str()?;
         let (_, lane) = self.headers.get(header::STREAM)?.as_str()?.rsplit_once('#')?;
         Some((source, lane, self.headers.get(header::ORDINAL)?.as_i64()?))
+    }
+
+    /// Why the offset it names will never come, if it is a void notice and no message.
+    pub fn void(&self) -> Option<&str> {
+        self.headers.get(header::VOID)?.as_str()
     }
 
     /// The ordering key, when the producer gave one.

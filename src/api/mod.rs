@@ -3,6 +3,8 @@
 //! `/healthz` answers while the process runs, `/readyz` asks the database each time. Both are open: an orchestrator
 //! calls them without credentials, and they tell nothing about messages.
 
+mod metrics;
+
 use crate::db::{self, SessionOptions};
 use crate::migrate;
 use axum::extract::State;
@@ -54,9 +56,9 @@ impl IntoResponse for Problem {
 #[derive(OpenApi)]
 #[openapi(
     info(title = "oncebox", description = "Exactly-once messaging for Postgres and RabbitMQ.", license(name = "Apache-2.0", identifier = "Apache-2.0")),
-    paths(healthz, readyz),
+    paths(healthz, readyz, metrics::metrics),
     components(schemas(Health, Problem)),
-    tags((name = "health", description = "For orchestrators."))
+    tags((name = "health", description = "For orchestrators."), (name = "metrics", description = "For Prometheus."))
 )]
 struct Description;
 
@@ -70,6 +72,7 @@ pub fn router(database_url: String) -> Router {
     Router::new()
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics::metrics))
         .route("/openapi.yaml", get(|| async { ([(header::CONTENT_TYPE, "application/yaml")], openapi_yaml()) }))
         .fallback(|| async {
             let detail = "there is nothing here: see /openapi.yaml".to_owned();

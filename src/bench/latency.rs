@@ -4,7 +4,7 @@ use super::{Scratch, body, with_queue};
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, BrokerError, Outcome, Publisher, QueueSpec, Subscription};
 use crate::config::Config;
-use crate::message::Envelope;
+use crate::message::{Envelope, Void};
 use crate::relay::{self, RelayOptions};
 use clap::Args;
 use sqlx::{Connection, PgConnection};
@@ -46,6 +46,7 @@ async fn measure(bench: &LatencyBench, config: &Config, exchange: &str) -> anyho
         exchange: exchange.to_owned(),
         bindings: Vec::new(),
         single_active_consumer: false,
+        voids: false,
     };
     let mut subscription = broker.subscribe(&spec, 1_000).await?;
     let consuming = tokio::spawn(async move {
@@ -63,6 +64,7 @@ async fn measure(bench: &LatencyBench, config: &Config, exchange: &str) -> anyho
         exchange: exchange.to_owned(),
         key_window: config.key_window,
         drain_deadline: Duration::from_secs(10),
+        unroutable_probe: None,
     };
     let timed = Timed { broker, confirmed: Arc::clone(&confirmed) };
     let relay = tokio::spawn(relay::run(Arc::new(timed), options, shutdown.clone()));
@@ -169,6 +171,10 @@ impl<P: Publisher> Publisher for TimedPublisher<P> {
     async fn publish(&mut self, ticket: u64, envelope: &Envelope) -> Result<(), BrokerError> {
         self.ids.insert(ticket, envelope.message.id.0);
         self.publisher.publish(ticket, envelope).await
+    }
+
+    async fn publish_void(&mut self, ticket: u64, void: &Void) -> Result<(), BrokerError> {
+        self.publisher.publish_void(ticket, void).await
     }
 
     async fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), BrokerError> {

@@ -3,6 +3,7 @@
 //! Everything happens in databases, exchanges and queues of its own, which are dropped afterwards. Absolute rates say
 //! something about the machine; the ratio says something about oncebox.
 
+mod inbox;
 mod latency;
 mod relay;
 
@@ -30,6 +31,8 @@ enum What {
     Relay(relay::RelayBench),
     /// Commit to confirm at a given rate
     Latency(latency::LatencyBench),
+    /// Drain of a queue by a consumer in batches, beside one message a transaction
+    Inbox(inbox::InboxBench),
 }
 
 /// Runs a benchmark on the servers of the config and prints its table.
@@ -37,6 +40,7 @@ pub async fn run(args: BenchArgs, config: &Config) -> anyhow::Result<()> {
     match args.what {
         What::Relay(bench) => relay::run(bench, config).await,
         What::Latency(bench) => latency::run(bench, config).await,
+        What::Inbox(bench) => inbox::run(bench, config).await,
     }
 }
 
@@ -73,6 +77,7 @@ async fn with_queue<T>(config: &Config, work: impl AsyncFnOnce(&str) -> anyhow::
         exchange: name.clone(),
         bindings: vec!["#".to_owned()],
         single_active_consumer: false,
+        voids: false,
     };
     let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
     broker.subscribe(&spec, 1).await?.close().await;

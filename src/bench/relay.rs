@@ -134,6 +134,7 @@ async fn drain(bench: &RelayBench, config: &Config, exchange: &str) -> anyhow::R
         exchange: exchange.to_owned(),
         key_window: config.key_window,
         drain_deadline: Duration::from_secs(10),
+        unroutable_probe: None,
     };
     let watch = channel(config).await?;
     let shutdown = CancellationToken::new();

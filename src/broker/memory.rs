@@ -5,7 +5,8 @@
 //! that need memory. [`MemoryBroker::block`] and the faults stand for them.
 
 use super::{Broker, BrokerError, Outcome, Publisher, QueueSpec, Subscription};
-use crate::message::{Delivery, Envelope, header};
+use crate::message::{Delivery, Envelope, Void, header};
+use crate::topic;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -64,6 +65,8 @@ struct State {
 struct Queue {
     spec: QueueSpec,
     bindings: BTreeSet<(String, String)>,
+    /// Exchanges whose void notices it gets.
+    voids: BTreeSet<String>,
     messages: VecDeque<Delivery>,
     /// What came back, in the order it came back; delivered first, as a quorum queue does.
     returned: VecDeque<Delivery>,
@@ -76,11 +79,16 @@ struct Connection {
     exchange: String,
     ended: Option<BrokerError>,
     /// Published while the broker was blocked.
-    unsent: VecDeque<(u64, Envelope)>,
+    unsent: VecDeque<(u64, Sent)>,
     outcomes: Vec<(u64, Outcome)>,
     oldest_withheld: Option<Instant>,
     unacked: BTreeMap<u64, Delivery>,
     last_tag: u64,
+}
+
+enum Sent {
+    Message(Envelope),
+    Void(Void),
 }
 
 impl Default for MemoryBroker {
@@ -131,8 +139,11 @@ impl MemoryBroker {
             state.unblocked_at = Some(Instant::now());
             for connection in state.connections.keys().copied().collect::<Vec<_>>() {
                 let unsent = std::mem::take(&mut state.connection(connection).unsent);
-                for (ticket, envelope) in unsent {
-                    state.take(connection, ticket, &envelope);
+                for (ticket, sent) in unsent {
+                    match sent {
+                        Sent::Message(envelope) => state.take(connection, ticket, &envelope),
+                        Sent::Void(void) => state.take_void(connection, ticket, &void),
+                    }
                 }
             }
         });
@@ -188,6 +199,7 @@ impl Broker for MemoryBroker {
         let queue = state.queues.entry(spec.name.clone()).or_insert_with(|| Queue {
             spec: spec.clone(),
             bindings: BTreeSet::new(),
+            voids: BTreeSet::new(),
             messages: VecDeque::new(),
             returned: VecDeque::new(),
             consumers: VecDeque::new(),
@@ -201,6 +213,9 @@ impl Broker for MemoryBroker {
             });
         }
         queue.bindings.extend(spec.bindings.iter().map(|pattern| (spec.exchange.clone(), pattern.clone())));
+        if spec.voids {
+            queue.voids.insert(spec.exchange.clone());
+        }
         queue.consumers.push_back(connection);
         Ok(MemorySubscription {
             connection: Handle { shared: Arc::clone(&self.shared), number: connection },
@@ -251,10 +266,24 @@ impl Publisher for MemoryPublisher {
             state.alive(number)?;
             self.unconfirmed += 1;
             if state.blocked {
-                state.connection(number).unsent.push_back((ticket, envelope.clone()));
+                state.connection(number).unsent.push_back((ticket, Sent::Message(envelope.clone())));
                 return Ok(());
             }
             state.take(number, ticket, envelope);
+            Ok(())
+        })
+    }
+
+    async fn publish_void(&mut self, ticket: u64, void: &Void) -> Result<(), BrokerError> {
+        let number = self.connection.number;
+        self.connection.shared.change(|state| {
+            state.alive(number)?;
+            self.unconfirmed += 1;
+            if state.blocked {
+                state.connection(number).unsent.push_back((ticket, Sent::Void(void.clone())));
+                return Ok(());
+            }
+            state.take_void(number, ticket, void);
             Ok(())
         })
     }
@@ -414,6 +443,18 @@ impl State {
         }
     }
 
+    /// Takes a void notice; faults are for messages.
+    fn take_void(&mut self, number: u64, ticket: u64, void: &Void) {
+        if self.alive(number).is_err() {
+            return;
+        }
+        let exchange = self.connection(number).exchange.clone();
+        for queue in self.queues.values_mut().filter(|queue| queue.voids.contains(&exchange)) {
+            queue.messages.push_back(void_delivery(void));
+        }
+        self.connection(number).outcomes.push((ticket, Outcome::Confirmed));
+    }
+
     /// The first fault that matches, which is thereby used up by one.
     fn fault(&mut self, envelope: &Envelope) -> Option<Fault> {
         let (fault, left, _) = self.faults.iter_mut().find(|(_, left, matches)| *left > 0 && matches(envelope))?;
@@ -425,7 +466,7 @@ impl State {
     fn route(&mut self, exchange: &str, envelope: &Envelope, copies: usize) -> usize {
         let topic = &envelope.message.topic;
         let bound = |queue: &Queue| {
-            queue.bindings.iter().any(|(from, pattern)| from == exchange && topic_matches(pattern, topic))
+            queue.bindings.iter().any(|(from, pattern)| from == exchange && topic::matches(pattern, topic))
         };
         let mut routed = 0;
         for queue in self.queues.values_mut().filter(|queue| bound(queue)) {
@@ -476,30 +517,22 @@ fn delivery(envelope: &Envelope) -> Delivery {
     }
 }
 
-/// AMQP's topic patterns over words between dots: `*` is one word, `#` any number of them.
-fn topic_matches(pattern: &str, topic: &str) -> bool {
-    fn words(pattern: &[&str], topic: &[&str]) -> bool {
-        match (pattern, topic) {
-            ([], []) => true,
-            (["#", rest @ ..], _) => (0..=topic.len()).any(|skipped| words(rest, &topic[skipped..])),
-            (["*", rest @ ..], [_, left @ ..]) => words(rest, left),
-            ([word, rest @ ..], [first, left @ ..]) => word == first && words(rest, left),
-            _ => false,
-        }
-    }
-    words(&pattern.split('.').collect::<Vec<_>>(), &topic.split('.').collect::<Vec<_>>())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::topic_matches;
-
-    // Goal: routing is RabbitMQ's, or tests on this broker prove nothing.
-    #[test]
-    fn topics_match_like_rabbitmq() {
-        let matching = [("a.*", "a.b"), ("#", "a.b"), ("#", ""), ("a.#", "a"), ("a.#.z", "a.z"), ("a.#.z", "a.b.c.z")];
-        let not = [("a.*", "a"), ("a.*", "a.b.c"), ("a.b", "a.c"), ("*.b", "b"), ("a.#.z", "a.b")];
-        assert!(matching.iter().all(|(pattern, topic)| topic_matches(pattern, topic)));
-        assert!(!not.iter().any(|(pattern, topic)| topic_matches(pattern, topic)));
+/// What a consumer sees of a void notice.
+fn void_delivery(void: &Void) -> Delivery {
+    let position = &void.position;
+    let headers = [
+        (header::SOURCE, position.source.to_string().into()),
+        (header::STREAM, position.stream.clone().into()),
+        (header::OFFSET, position.offset.into()),
+        (header::VOID, void.reason.clone().into()),
+    ];
+    Delivery {
+        tag: 0,
+        message_id: Some(void.message_id.to_string()),
+        topic: void.topic.clone(),
+        content_type: Some("application/json".to_owned()),
+        headers: headers.map(|(name, value)| (name.to_owned(), value)).into_iter().collect(),
+        body: b"{}".to_vec(),
+        redelivered: false,
     }
 }

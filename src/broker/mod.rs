@@ -8,7 +8,7 @@
 pub mod memory;
 pub mod rabbitmq;
 
-use crate::message::{Delivery, Envelope};
+use crate::message::{Delivery, Envelope, Void};
 use std::future::Future;
 use std::time::Duration;
 
@@ -104,6 +104,13 @@ pub struct QueueSpec {
     pub bindings: Vec<String>,
     /// One active consumer at a time: what order by key needs.
     pub single_active_consumer: bool,
+    /// Gets the exchange's void notices too: what order by stream needs.
+    pub voids: bool,
+}
+
+/// Name of the fanout exchange for void notices beside a topic exchange: no topic binding ever sees them.
+pub fn void_exchange(exchange: &str) -> String {
+    format!("{exchange}.void")
 }
 
 /// A broker that sessions can be opened on.
@@ -113,7 +120,8 @@ pub trait Broker: Send + Sync + 'static {
     /// A consuming session.
     type Subscription: Subscription;
 
-    /// Opens a session of its own connection and declares the durable topic exchange it will publish to.
+    /// Opens a session of its own connection and declares the durable topic exchange it will publish to, and the
+    /// fanout exchange for void notices.
     fn publisher(&self, exchange: &str) -> impl Future<Output = Result<Self::Publisher, BrokerError>> + Send;
 
     /// Opens a session of its own connection, declares exchange, queue and bindings, and starts consuming with
@@ -141,6 +149,10 @@ pub trait Publisher: Send + 'static {
     /// Sends one message under the caller's `ticket`, which comes back with its outcome. Call it only with
     /// capacity left. Not cancel safe.
     fn publish(&mut self, ticket: u64, envelope: &Envelope) -> impl Future<Output = Result<(), BrokerError>> + Send;
+
+    /// Sends a void notice to the queues that asked for them, likewise; without such a queue the broker confirms and
+    /// drops it.
+    fn publish_void(&mut self, ticket: u64, void: &Void) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
     /// Waits for the next batch of exact outcomes and appends it to `into`; pends while nothing is unconfirmed.
     /// A return is never mistaken for a confirm, whatever else is in flight. Cancel safe. Fails with

@@ -1,8 +1,15 @@
 //! The command line: what the words mean, and which exit code an end has. One file a command with work of its own.
 
+mod audit;
+mod doctor;
 mod migrate;
 mod node;
+mod parked;
+mod pause;
 mod processes;
+mod replay;
+pub mod since;
+mod status;
 
 use crate::config::{Config, ConfigError, Overrides};
 use clap::{Args, Parser, Subcommand};
@@ -57,6 +64,20 @@ enum Command {
         #[command(flatten)]
         listen: Listen,
     },
+    /// Hold what was produced against what each consumer applied; exit 1 if anything is missing or doubled
+    Audit(audit::AuditArgs),
+    /// Look at parked messages, retry or discard them
+    Parked(parked::ParkedArgs),
+    /// Send retained messages again under the same ids and offsets
+    Replay(replay::ReplayArgs),
+    /// Stop sending: topics by pattern, a lane, or everything; kept until resumed
+    Pause(pause::PauseArgs),
+    /// Send again what was paused
+    Resume(pause::ResumeArgs),
+    /// Check databases and broker: what is wrong, and what mends it; exit code 1 if anything is unsafe
+    Doctor(doctor::DoctorArgs),
+    /// Lag, parked messages, lanes, consumers, the log and the oldest transaction
+    Status(status::StatusArgs),
     /// Print the API description
     Openapi,
     /// The main job end to end on private servers, with faults, and its reconciliation
@@ -72,6 +93,19 @@ struct Listen {
     /// Address and port of the REST API
     #[arg(long, env = "ONCEBOX_LISTEN", value_name = "ADDRESS:PORT")]
     listen: Option<String>,
+}
+
+/// A reader that has seen enough, such as `head`, is no error worth a panic: printing to it ends the process, as SIGPIPE
+/// would in other programs.
+pub fn end_quietly_without_a_reader() {
+    let others = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload().downcast_ref::<String>();
+        if text.is_some_and(|text| text.starts_with("failed printing to stdout: Broken pipe")) {
+            std::process::exit(141);
+        }
+        others(panic);
+    }));
 }
 
 /// Runs what the command line says: 0 done, 1 failed, 2 wrong usage or config.
@@ -112,6 +146,13 @@ async fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Consume => processes::run(load(None)?, processes::Parts::CONSUME).await?,
         Command::Serve { listen } => processes::run(load(listen.listen)?, processes::Parts::SERVE).await?,
         Command::Run { listen } => processes::run(load(listen.listen)?, processes::Parts::ALL).await?,
+        Command::Audit(args) => return audit::run(&load(None)?, args).await,
+        Command::Parked(args) => return parked::run(args, &load(None)?).await,
+        Command::Replay(args) => return replay::run(args, &load(None)?).await,
+        Command::Pause(args) => pause::pause(&load(None)?, &args).await?,
+        Command::Resume(args) => return pause::resume(&load(None)?, &args).await,
+        Command::Doctor(args) => return doctor::run(args, &load(None)?).await,
+        Command::Status(args) => status::run(args, &load(None)?).await?,
         Command::Openapi => print!("{}", crate::api::openapi_yaml()),
         Command::Demo(args) => return crate::demo::run(args).await,
         Command::Bench(args) => crate::bench::run(args, &load(None)?).await?,

@@ -3,13 +3,17 @@
 use crate::api;
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, Publisher};
-use crate::config::{Config, ConfigError, ConsumerConfig};
+use crate::config::{Config, ConfigError, ConsumerConfig, HandlerConfig};
 use crate::consumer::{self, ConsumerOptions};
 use crate::db;
-use crate::inbox::handler::SqlHandler;
+use crate::inbox::handler::{Handler, SqlHandler};
+use crate::inbox::http::HttpHandler;
+use crate::janitor::inbox::{self as inbox_janitor, InboxJanitorOptions};
+use crate::janitor::outbox::{self as outbox_janitor, OutboxJanitorOptions};
 use crate::relay::{self, RelayOptions};
 use crate::supervise;
 use anyhow::Context;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -56,10 +60,15 @@ pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
     }
     if parts.relay {
         tasks.spawn(run_relay(config.clone(), database_url.clone(), shutdown.clone()));
+        tasks.spawn(run_outbox_janitor(database_url.clone(), shutdown.clone()));
     }
     if parts.consume {
         for consumer in &config.consumers {
             tasks.spawn(run_consumer(config.clone(), consumer.clone(), database_url.clone(), shutdown.clone()));
+        }
+        let urls = config.consumers.iter().map(|consumer| consumer.database_url.as_ref().unwrap_or(&database_url));
+        for database_url in urls.collect::<BTreeSet<_>>() {
+            tasks.spawn(run_inbox_janitor(database_url.clone(), shutdown.clone()));
         }
     }
     let mut result = Ok(());
@@ -98,8 +107,14 @@ async fn run_relay(config: Config, database_url: String, shutdown: CancellationT
         exchange: config.exchange,
         key_window: config.key_window,
         drain_deadline: config.drain_deadline,
+        unroutable_probe: config.unroutable_probe,
     };
     Ok(relay::run(broker, options, shutdown).await?)
+}
+
+async fn run_outbox_janitor(database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
+    outbox_janitor::run(OutboxJanitorOptions { database_url }, shutdown).await;
+    Ok(())
 }
 
 async fn run_consumer(
@@ -110,27 +125,45 @@ async fn run_consumer(
 ) -> anyhow::Result<()> {
     let name = format!("consumer \"{}\"", consumer.name);
     let broker = rabbitmq(&config, &format!("oncebox consume {}", consumer.name))?;
+    let outbox_url = Some(database_url.clone());
     let database_url = consumer.database_url.unwrap_or(database_url);
-    let handler = SqlHandler::new(&consumer.sql_handler).with_context(|| name.clone())?;
     let conn = supervise::wait_for_database(&database_url, &shutdown).await.with_context(|| name.clone())?;
     let Some(mut conn) = conn else { return Ok(()) };
-    let checked = handler.check(&mut conn).await.with_context(|| format!("{name}: handler"))?;
-    checked.with_context(|| format!("{name}: handler"))?;
+    let handler: Arc<dyn Handler> = match consumer.handler {
+        HandlerConfig::Sql(function) => {
+            let handler = SqlHandler::new(&function).with_context(|| name.clone())?;
+            let checked = handler.check(&mut conn).await.with_context(|| format!("{name}: handler"))?;
+            checked.with_context(|| format!("{name}: handler"))?;
+            Arc::new(handler)
+        }
+        // Whether the endpoint is there is seen with the first message, and waited for then.
+        HandlerConfig::Http { endpoint, headers } => Arc::new(
+            HttpHandler::new(endpoint, headers, consumer.handler_timeout)
+                .with_context(|| format!("{name}: handler"))?,
+        ),
+    };
     db::close(conn).await;
     let options = ConsumerOptions {
         name: consumer.name,
         database_url,
+        outbox_url,
         queue: consumer.queue,
         exchange: config.exchange,
         bindings: consumer.bindings,
         concurrency: consumer.concurrency,
+        batch: consumer.batch,
         max_attempts: consumer.max_attempts,
         order: consumer.order,
         backoff: consumer.backoff,
         handler_timeout: consumer.handler_timeout,
         drain_deadline: config.drain_deadline,
     };
-    consumer::run(broker, Arc::new(handler), options, shutdown).await.with_context(|| name)
+    consumer::run(broker, handler, options, shutdown).await.with_context(|| name)
+}
+
+async fn run_inbox_janitor(database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
+    inbox_janitor::run(InboxJanitorOptions { database_url }, shutdown).await;
+    Ok(())
 }
 
 async fn serve(

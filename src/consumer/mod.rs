@@ -2,44 +2,50 @@
 //!
 //! One task owns the subscription: it hands deliveries to workers and acknowledges each one alone, after a worker
 //! committed it: applied, held for another attempt, or parked. Nothing is ever requeued. Workers (`worker`) own
-//! one database session each. With order by key, a key always goes to the same worker, and what is held is decided
-//! by the table, so the order holds over redeliveries, failures and several processes. Left out on purpose: batches.
+//! one database session each. With order by key or stream (`stream`), each of them always goes to the same worker, and
+//! what is held is decided by the table, so the order holds over redeliveries, failures and several processes. Where the
+//! handler allows it, one worker (`batch`) takes all deliveries instead, many in a transaction.
 
+mod batch;
+mod registration;
+mod retry;
 mod returned;
+mod stream;
 mod worker;
 
 use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, QueueSpec, Subscription};
-use crate::db::{self, DbError};
+use crate::db::DbError;
 use crate::failpoints;
 use crate::inbox::handler::Handler;
-use crate::inbox::held;
+use crate::inbox::held::Due;
 use crate::message::Delivery;
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, RwLock, mpsc};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use worker::Worker;
 
+/// Every statement of this room, for the test that prepares them all.
+pub const STATEMENTS: &[&[&str]] = &[registration::STATEMENTS];
+
 /// Deliveries on their way for each worker: enough that none waits for the broker.
 const PREFETCH_PER_WORKER: usize = 16;
-/// How often waiting deliveries are looked at.
-const RETRY_LOOK: Duration = Duration::from_millis(200);
 /// Delay before a new subscription, or a new look after the database failed.
 const RECONNECT_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
-/// Longest look for waiting deliveries.
-const LOOK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Which order effects keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// Effects of one key one at a time and in order; a failing message holds up its own key only.
     Key,
+    /// Each stream in offset order without a gap; what comes early waits, a failing message holds up its stream only.
+    Stream,
     /// As they come.
     None,
 }
@@ -51,14 +57,18 @@ pub struct ConsumerOptions {
     pub name: String,
     /// Database of inbox and effects.
     pub database_url: String,
+    /// Database of the outbox: it is told of this consumer, for the audit, and asked where streams begin.
+    pub outbox_url: Option<String>,
     /// Queue to consume from; declared if it does not exist.
     pub queue: String,
     /// Topic exchange its bindings are made on.
     pub exchange: String,
     /// Topic patterns.
     pub bindings: Vec<String>,
-    /// Handlers at a time.
+    /// Handlers at a time, where each message has a transaction of its own.
     pub concurrency: usize,
+    /// Most messages of one transaction, for a handler that takes many in one statement; 1 is one by one.
+    pub batch: usize,
     /// The handler's own failures after which a message is parked.
     pub max_attempts: u32,
     /// Which order effects keep.
@@ -88,10 +98,10 @@ pub enum ConsumerError {
 
 /// Work for a worker.
 enum Job {
-    /// A delivery of the subscription with this number.
-    Delivery { session: u64, delivery: Delivery },
+    /// A delivery of the subscription with this number; with what the batch worker waits for, if that passed it on.
+    Delivery { session: u64, delivery: Delivery, passed_on: Option<OwnedSemaphorePermit> },
     /// A waiting delivery whose turn has come.
-    Retry(Uuid),
+    Retry(Due),
 }
 
 /// A delivery that is committed and may be acknowledged.
@@ -111,7 +121,10 @@ pub async fn run<B: Broker>(
     shutdown: CancellationToken,
 ) -> Result<(), ConsumerError> {
     let options = Arc::new(options);
-    let prefetch = (options.concurrency.max(1) * PREFETCH_PER_WORKER).min(4_096);
+    let batching = options.batch > 1 && options.order != Order::Stream && handler.batches().is_some();
+    // Room for a batch in hand and the next one.
+    let for_batches = if batching { 2 * options.batch } else { 0 };
+    let prefetch = (options.concurrency.max(1) * PREFETCH_PER_WORKER).max(for_batches).min(4_096);
     let (settled_sender, settled) = mpsc::channel(prefetch);
     let shared = Arc::new(Shared::default());
     let stop_workers = CancellationToken::new();
@@ -119,7 +132,7 @@ pub async fn run<B: Broker>(
     let mut queues = Vec::new();
     let mut first = None;
     for number in 0..options.concurrency.max(1) {
-        // By key every worker has a queue of its own; without order they share one.
+        // By key or stream every worker has a queue of its own; without order they share one.
         let jobs = match (&first, options.order) {
             (Some(jobs), Order::None) => Arc::clone(jobs),
             _ => {
@@ -139,17 +152,35 @@ pub async fn run<B: Broker>(
         );
         workers.spawn(worker.run(stop_workers.clone()));
     }
+    let mut deliveries = queues.clone();
+    if batching {
+        let (sender, receiver) = mpsc::channel(prefetch);
+        deliveries = vec![sender];
+        let worker = Worker::new(
+            options.concurrency.max(1),
+            Arc::clone(&options),
+            Arc::clone(&handler),
+            Arc::new(tokio::sync::Mutex::new(receiver)),
+            settled_sender.clone(),
+            Arc::clone(&shared),
+        );
+        workers.spawn(batch::run(worker, queues.clone(), stop_workers.clone()));
+    }
     drop(settled_sender);
-    workers.spawn(retries(Arc::clone(&options), queues.clone(), Arc::clone(&shared), stop_workers.clone()));
+    let bound = CancellationToken::new();
+    workers.spawn(registration::run(Arc::clone(&options), bound.clone(), stop_workers.clone()));
+    workers.spawn(retry::hand_out(Arc::clone(&options), queues, Arc::clone(&shared), stop_workers.clone()));
 
     let mut consuming = Consuming {
         broker,
         options: Arc::clone(&options),
-        queues,
+        queues: deliveries,
         settled,
         prefetch,
         shared: Arc::clone(&shared),
         session: 0,
+        bound,
+        begun: false,
     };
     let work = async {
         let result = {
@@ -189,8 +220,10 @@ struct Shared {
     session: AtomicU64,
     /// Ids of waiting deliveries that workers have in hand.
     under_way: Mutex<HashSet<Uuid>>,
-    /// One of those has ended: the next of its key may have its turn.
-    ended: Notify,
+    /// Waiting deliveries have changed: one has ended, and the next of its key may have its turn, or one has come.
+    changed: Notify,
+    /// Jobs hold it for reading; one that may end the process holds it for writing, so that no other is blamed.
+    turns: Arc<RwLock<()>>,
 }
 
 impl Shared {
@@ -201,11 +234,11 @@ impl Shared {
 
     fn end(&self, id: Uuid) {
         self.under_way().remove(&id);
-        self.ended.notify_one();
+        self.changed.notify_one();
     }
 }
 
-/// The same key goes to the same worker; what has no key goes round.
+/// The same key or stream goes to the same worker; what has none goes round.
 fn worker_of(key: Option<&str>, count: usize, round: u64) -> usize {
     match key {
         Some(key) => {
@@ -225,6 +258,10 @@ struct Consuming<B> {
     prefetch: usize,
     shared: Arc<Shared>,
     session: u64,
+    /// Cancelled once the broker has the bindings.
+    bound: CancellationToken,
+    /// Where streams begin is recorded.
+    begun: bool,
 }
 
 impl<B: Broker> Consuming<B> {
@@ -237,7 +274,8 @@ impl<B: Broker> Consuming<B> {
             name: self.options.queue.clone(),
             exchange: self.options.exchange.clone(),
             bindings: self.options.bindings.clone(),
-            single_active_consumer: self.options.order == Order::Key,
+            single_active_consumer: self.options.order != Order::None,
+            voids: self.options.order == Order::Stream,
         };
         let prefetch = u16::try_from(self.prefetch).unwrap_or(u16::MAX);
         let mut failures = 0;
@@ -250,8 +288,16 @@ impl<B: Broker> Consuming<B> {
             let error = match subscribed {
                 Ok(mut subscription) => {
                     self.session += 1;
+                    self.bound.cancel();
                     self.shared.session.store(self.session, Ordering::SeqCst);
                     let began = Instant::now();
+                    if self.options.order == Order::Stream && !self.begun {
+                        tokio::select! {
+                            result = stream::begin(&self.options) => result?,
+                            () = shutdown.cancelled() => return Ok(()),
+                        }
+                        self.begun = true;
+                    }
                     tracing::info!(consumer, queue = spec.name, "consuming");
                     match self.consume(&mut subscription, shutdown, stop_workers).await {
                         Ok(()) => {
@@ -292,7 +338,7 @@ impl<B: Broker> Consuming<B> {
             tokio::select! {
                 delivery = subscription.next(), if !stop_workers.is_cancelled() => {
                     let deliveries = match delivery? {
-                        delivery if first && self.options.order == Order::Key => {
+                        delivery if first && self.options.order != Order::None => {
                             returned::collect(subscription, delivery, self.prefetch).await?
                         }
                         delivery => vec![delivery],
@@ -321,13 +367,14 @@ impl<B: Broker> Consuming<B> {
         round: u64,
         shutdown: &CancellationToken,
     ) -> Result<(), BrokerError> {
-        let queue = self.queues[worker_of(delivery.key(), self.queues.len(), round)].clone();
+        let line = stream::line(self.options.order, &delivery);
+        let queue = self.queues[worker_of(line, self.queues.len(), round)].clone();
         loop {
             tokio::select! {
                 permit = queue.reserve() => {
                     // Workers end before the queues do only when the process does.
                     if let Ok(permit) = permit {
-                        permit.send(Job::Delivery { session: self.session, delivery });
+                        permit.send(Job::Delivery { session: self.session, delivery, passed_on: None });
                     }
                     return Ok(());
                 }
@@ -345,66 +392,6 @@ impl<B: Broker> Consuming<B> {
             failpoints::pass("consumer.acknowledged");
         }
         Ok(())
-    }
-}
-
-/// Hands waiting deliveries to the workers when their turn has come.
-async fn retries(
-    options: Arc<ConsumerOptions>,
-    queues: Vec<mpsc::Sender<Job>>,
-    shared: Arc<Shared>,
-    stop: CancellationToken,
-) {
-    let mut failures = 0;
-    while !stop.is_cancelled() {
-        let result = tokio::select! {
-            result = look_for_retries(&options, &queues, &shared) => result,
-            () = stop.cancelled() => return,
-        };
-        failures += 1;
-        let delay = RECONNECT_BACKOFF.jittered(failures.min(10));
-        if let Err(error) = result {
-            tracing::warn!(consumer = options.name, %error, ?delay, "no look at waiting deliveries");
-        }
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = stop.cancelled() => {}
-        }
-    }
-}
-
-async fn look_for_retries(
-    options: &ConsumerOptions,
-    queues: &[mpsc::Sender<Job>],
-    shared: &Shared,
-) -> Result<(), DbError> {
-    let session = db::SessionOptions {
-        application_name: "oncebox consume",
-        statement_timeout: LOOK_LIMIT,
-        idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
-    };
-    let mut conn = db::connect(&options.database_url, session).await?;
-    let by_key = options.order == Order::Key;
-    let mut round = 0;
-    loop {
-        let busy: Vec<Uuid> = shared.under_way().iter().copied().collect();
-        let room = options.concurrency.max(1).saturating_sub(busy.len());
-        if room > 0 {
-            let look = held::due(&mut conn, &options.name, &busy, by_key, room as i64);
-            for (id, key) in db::bounded("waiting deliveries", LOOK_LIMIT, look).await? {
-                round += 1;
-                shared.under_way().insert(id);
-                // A full queue: its worker has enough to do, and other keys must not wait for it.
-                if queues[worker_of(key.as_deref(), queues.len(), round)].try_send(Job::Retry(id)).is_err() {
-                    shared.under_way().remove(&id);
-                }
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(RETRY_LOOK) => {}
-            () = shared.ended.notified() => {}
-        }
     }
 }
 

@@ -3,14 +3,16 @@
 //! A job ends only when its outcome is committed: applied, held, or parked. Errors of the connection or the server
 //! are waited out and do not count as attempts; the handler's own failures do.
 
-use super::{ConsumerOptions, Job, Jobs, Order, Settled, Shared};
+mod outside;
+
+use super::{ConsumerOptions, Job, Jobs, Settled, Shared, stream};
 use crate::backoff::Backoff;
 use crate::db::{self, DbError};
 use crate::failpoints;
-use crate::inbox::handler::{Handler, HandlerError};
-use crate::inbox::held::{self, Reason};
+use crate::inbox::handler::{Handler, HandlerError, Handling};
+use crate::inbox::held::Reason;
 use crate::inbox::{self, Received, Reception};
-use crate::message::{Delivery, MessageId};
+use crate::message::{Delivery, MessageId, Position};
 use futures_util::FutureExt;
 use sqlx::{Connection, PgConnection};
 use std::panic::AssertUnwindSafe;
@@ -24,26 +26,38 @@ use uuid::Uuid;
 /// Delay before a job is tried again after an error that does not count.
 const TRANSIENT_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(50), cap: Duration::from_secs(5) };
 /// Longest wait for the database beyond the handler's own time.
-const MARGIN: Duration = Duration::from_secs(5);
+pub(super) const MARGIN: Duration = Duration::from_secs(5);
 
 pub(super) struct Worker {
     number: usize,
-    options: Arc<ConsumerOptions>,
-    handler: Arc<dyn Handler>,
-    jobs: Jobs,
-    settled: mpsc::Sender<Settled>,
-    shared: Arc<Shared>,
-    conn: Option<PgConnection>,
+    pub(super) options: Arc<ConsumerOptions>,
+    pub(super) handler: Arc<dyn Handler>,
+    pub(super) jobs: Jobs,
+    pub(super) settled: mpsc::Sender<Settled>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) conn: Option<PgConnection>,
 }
 
 /// Why a job's transaction did not commit.
-enum Failure {
+pub(super) enum Failure {
     /// The handler's own: counts as an attempt.
     Handler(HandlerError),
     /// The same, and it was cut off in the middle: the session cannot be used again.
     CutOff(HandlerError),
     /// The connection's, the server's, or a conflict: the job is tried again as it is.
     Transient(DbError),
+    /// What the handler depends on is not there: the same, after a pause.
+    Unavailable { reason: String, retry_after: Option<Duration> },
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Handler(error) | Self::CutOff(error) => error.fmt(f),
+            Self::Transient(error) => error.fmt(f),
+            Self::Unavailable { reason, .. } => f.write_str(reason),
+        }
+    }
 }
 
 impl From<DbError> for Failure {
@@ -90,42 +104,83 @@ impl Worker {
             match job {
                 // The broker delivers it again in the present session.
                 Job::Delivery { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
-                Job::Delivery { session, delivery } => {
-                    let tag = delivery.tag;
-                    if self.deliver(delivery, &stop).await && self.settled.send(Settled { session, tag }).await.is_err()
-                    {
+                Job::Delivery { session, delivery, passed_on } => {
+                    if !self.deliver_and_settle(session, delivery, &stop).await {
                         break;
                     }
+                    drop(passed_on);
                 }
-                Job::Retry(id) => {
-                    self.retry(id, &stop).await;
+                Job::Retry(due) => {
+                    let id = due.id;
+                    // What waits behind it in its stream follows at once, or new deliveries would outrun it for ever.
+                    let mut next = Some(due);
+                    while let Some(due) = next.filter(|_| !stop.is_cancelled()) {
+                        next = self.retry(&due, &stop).await;
+                    }
                     self.shared.end(id);
                 }
             }
         }
-        if let Some(conn) = self.conn.take() {
+        self.close().await;
+    }
+
+    /// Ends its session in order.
+    pub(super) async fn close(self) {
+        if let Some(conn) = self.conn {
             db::close(conn).await;
         }
+    }
+
+    /// Brings a delivery to a committed outcome and has it acknowledged; false if nobody is there to do so.
+    pub(super) async fn deliver_and_settle(
+        &mut self,
+        session: u64,
+        delivery: Delivery,
+        stop: &CancellationToken,
+    ) -> bool {
+        let tag = delivery.tag;
+        let turn = Arc::clone(&self.shared.turns).read_owned().await;
+        let done = self.deliver(delivery, stop).await;
+        drop(turn);
+        !done || self.settled.send(Settled { session, tag }).await.is_ok()
     }
 
     /// Brings a delivery to a committed outcome; false if the worker was stopped before.
     async fn deliver(&mut self, delivery: Delivery, stop: &CancellationToken) -> bool {
         failpoints::pass("consumer.delivered");
+        if let (Some(reason), Some(at)) = (delivery.void(), delivery.position()) {
+            return self.void(&at, &delivery.topic, reason, stop).await;
+        }
         let Some(id) = Received::id_of(&delivery) else {
             let message = Received::new(MessageId(Uuid::now_v7()), delivery);
             return self.hold(&message, &Reason::NoMessageId, stop).await;
         };
-        let message = Received::new(id, delivery);
-        let mut failures = 0;
+        let redelivered = delivery.redelivered;
+        self.bring(&Received::new(id, delivery), redelivered, stop).await
+    }
+
+    /// Brings a message to a committed outcome; false if the worker was stopped before.
+    pub(super) async fn bring(&mut self, message: &Received, redelivered: bool, stop: &CancellationToken) -> bool {
+        let (mut failures, mut called) = (0, false);
         loop {
-            match self.apply(&message).await {
+            let result = match redelivered {
+                true => self.put_back(message).await,
+                false => self.attempt(message, &mut called).await,
+            };
+            match result {
                 Ok(()) => return true,
+                Err(Failure::Unavailable { reason, retry_after }) => {
+                    failures += 1;
+                    if !self.pause(&reason, retry_after, failures, stop).await {
+                        return false;
+                    }
+                }
                 Err(Failure::Handler(error) | Failure::CutOff(error)) => {
                     let retry_in = self.options.backoff.jittered(1);
                     let reason = Reason::of_failure(&error, 1, self.options.max_attempts, retry_in);
                     tracing::warn!(
                         consumer = self.options.name, message.id = %message.id, attempt = 1, %error, ?reason, "handler failed");
-                    return self.hold(&message, &reason, stop).await;
+                    return self.hold(message, &reason, stop).await;
                 }
                 Err(Failure::Transient(error)) => {
                     failures += 1;
@@ -139,22 +194,22 @@ impl Worker {
 
     /// One transaction: accept, handle, commit; or hold behind its key, commit.
     async fn apply(&mut self, message: &Received) -> Result<(), Failure> {
-        let by_key = self.options.order == Order::Key;
         let (consumer, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
         let limit = self.options.handler_timeout + 2 * MARGIN;
         let conn = self.session().await?;
         let work = async {
             let mut transaction = conn.begin().await?;
-            match inbox::receive(&mut transaction, &consumer.name, message, by_key).await.map_err(accept_error)? {
+            match stream::receive(&mut transaction, &consumer, message).await.map_err(accept_error)? {
                 Reception::New => {
                     failpoints::pass("consumer.accepted");
                     run(&*handler, &mut transaction, message, &consumer).await?;
                     failpoints::pass("consumer.handled");
                 }
-                Reception::BehindKey => {
-                    held::hold(&mut transaction, &consumer.name, message, &Reason::BehindKey).await?
+                reception => {
+                    if let Some(reason) = reception.holds() {
+                        stream::hold(&mut transaction, &consumer, message, &reason).await?;
+                    }
                 }
-                Reception::Done | Reception::Held => {}
             }
             transaction.commit().await.map_err(commit_failure)?;
             failpoints::pass("consumer.committed");
@@ -165,60 +220,38 @@ impl Worker {
         result
     }
 
-    /// Brings a waiting delivery, if it still has its turn, to a committed outcome.
-    async fn retry(&mut self, id: Uuid, stop: &CancellationToken) {
-        let mut failures = 0;
-        loop {
-            let error = match self.apply_held(id).await {
-                Ok(()) => return,
-                Err((Failure::Handler(error) | Failure::CutOff(error), attempts)) => {
-                    let retry_in = self.options.backoff.jittered(attempts + 1);
-                    let reason = Reason::of_failure(&error, attempts + 1, self.options.max_attempts, retry_in);
-                    tracing::warn!(
-                        consumer = self.options.name, message.id = %id, attempt = attempts + 1, %error, ?reason,
-                        "handler failed");
-                    match self.record(id, attempts, &reason).await {
-                        Ok(()) => return,
-                        Err(error) => error,
-                    }
-                }
-                Err((Failure::Transient(error), _)) => error,
-            };
-            failures += 1;
-            if !self.wait_out(&error, failures, stop).await {
-                return;
-            }
-        }
-    }
-
-    /// One transaction: claim, accept, handle, forget, commit. A failure comes with the attempts before this one.
-    async fn apply_held(&mut self, id: Uuid) -> Result<(), (Failure, u32)> {
-        let by_key = self.options.order == Order::Key;
-        let (consumer, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
-        let limit = self.options.handler_timeout + 2 * MARGIN;
-        let mut attempts = 0;
-        let conn = self.session().await.map_err(|error| (error.into(), 0))?;
+    /// Holds a delivery that was delivered before, unless its outcome is known: it may have ended the process that had
+    /// it, so its next start is counted first, in the table. Whether it is new is asked like any other time, and taken
+    /// back.
+    async fn put_back(&mut self, message: &Received) -> Result<(), Failure> {
+        let (consumer, shared) = (Arc::clone(&self.options), Arc::clone(&self.shared));
+        let conn = self.session().await?;
         let work = async {
             let mut transaction = conn.begin().await?;
-            let Some((message, before)) = held::claim(&mut transaction, &consumer.name, id, by_key).await? else {
-                transaction.rollback().await?;
-                return Ok(());
+            let mut asking = transaction.begin().await?;
+            let reception = stream::receive(&mut asking, &consumer, message).await.map_err(accept_error)?;
+            let reason = match reception {
+                Reception::New => {
+                    asking.rollback().await?;
+                    Some(Reason::Redelivered)
+                }
+                reception => {
+                    asking.commit().await?;
+                    reception.holds()
+                }
             };
-            attempts = before;
-            let position = message.position.as_ref();
-            let accepted = inbox::accept(&mut transaction, &consumer.name, message.id, position).await;
-            if accepted.map_err(accept_error)? {
-                run(&*handler, &mut transaction, &message, &consumer).await?;
-                failpoints::pass("consumer.retry_handled");
+            if let Some(reason) = &reason {
+                stream::hold(&mut transaction, &consumer, message, reason).await?;
             }
-            held::forget(&mut transaction, &consumer.name, id).await?;
-            transaction.commit().await.map_err(commit_failure)?;
-            failpoints::pass("consumer.retry_committed");
+            transaction.commit().await?;
+            if reason.is_some() {
+                shared.changed.notify_one();
+            }
             Ok(())
         };
-        let result = within(limit, work).await;
+        let result = within(3 * MARGIN, work).await;
         self.keep_session(&result).await;
-        result.map_err(|failure| (failure, attempts))
+        result
     }
 
     /// Holds a delivery, however long the database is away; false if the worker was stopped before.
@@ -228,7 +261,7 @@ impl Worker {
             let options = Arc::clone(&self.options);
             let error = match self.session().await {
                 Ok(conn) => {
-                    let hold = held::hold(conn, &options.name, message, reason);
+                    let hold = stream::hold(conn, &options, message, reason);
                     match db::bounded("holding a delivery", MARGIN, hold).await {
                         Ok(()) => {
                             failpoints::pass("consumer.failure_recorded");
@@ -247,18 +280,29 @@ impl Worker {
         }
     }
 
-    async fn record(&mut self, id: Uuid, attempts: u32, reason: &Reason) -> Result<(), DbError> {
-        let options = Arc::clone(&self.options);
-        let conn = self.session().await?;
-        let result =
-            db::bounded("recording an attempt", MARGIN, held::record(conn, &options.name, id, attempts, reason)).await;
-        if result.is_err() {
+    /// Passes the offset of a void notice; false if the worker was stopped before.
+    async fn void(&mut self, at: &Position, topic: &str, reason: &str, stop: &CancellationToken) -> bool {
+        let mut failures = 0;
+        loop {
+            let options = Arc::clone(&self.options);
+            let error = match self.session().await {
+                Ok(conn) => {
+                    match db::bounded("a void notice", MARGIN, stream::void(conn, &options, at, topic, reason)).await {
+                        Ok(()) => return true,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
             self.conn = None;
+            failures += 1;
+            if !self.wait_out(&error, failures, stop).await {
+                return false;
+            }
         }
-        result
     }
 
-    async fn session(&mut self) -> Result<&mut PgConnection, DbError> {
+    pub(super) async fn session(&mut self) -> Result<&mut PgConnection, DbError> {
         let conn = match self.conn.take() {
             Some(conn) => conn,
             None => {
@@ -280,10 +324,10 @@ impl Worker {
 
     /// A session whose transaction did not commit is not used again: what it was in the middle of is unknown. After
     /// the handler's own failure it is healthy, and the transaction's drop has queued the rollback.
-    async fn keep_session(&mut self, result: &Result<(), Failure>) {
+    pub(super) async fn keep_session<T>(&mut self, result: &Result<T, Failure>) {
         let healthy = match (result, &mut self.conn) {
-            (Ok(()), _) => true,
-            (Err(Failure::Handler(_)), Some(conn)) => {
+            (Ok(_), _) => true,
+            (Err(Failure::Handler(_) | Failure::Unavailable { .. }), Some(conn)) => {
                 matches!(tokio::time::timeout(MARGIN, conn.ping()).await, Ok(Ok(())))
             }
             _ => false,
@@ -294,7 +338,7 @@ impl Worker {
     }
 
     /// Waits before the same job is tried again; false if the worker is to stop.
-    async fn wait_out(&self, error: &DbError, failures: u32, stop: &CancellationToken) -> bool {
+    pub(super) async fn wait_out(&self, error: &DbError, failures: u32, stop: &CancellationToken) -> bool {
         let delay = TRANSIENT_BACKOFF.jittered(failures);
         tracing::warn!(consumer = self.options.name, worker = self.number, %error, ?delay, "not done, for no fault of the handler");
         tokio::select! {
@@ -305,32 +349,37 @@ impl Worker {
 }
 
 /// Runs the handler, however it ends, and makes sure that its transaction stands.
-async fn run(
+pub(super) async fn run(
     handler: &dyn Handler,
     conn: &mut PgConnection,
     message: &Received,
     options: &ConsumerOptions,
 ) -> Result<(), Failure> {
-    let failed = |text: String| HandlerError::Failed(text);
-    // A statement that runs too long is ended by the server, a moment earlier.
-    let limit = options.handler_timeout + MARGIN;
-    let handling = AssertUnwindSafe(async { handler.handle(conn, message).await }).catch_unwind();
-    match tokio::time::timeout(limit, handling).await {
-        Ok(Ok(result)) => result.map_err(handler_failure)?,
-        Ok(Err(panic)) => {
-            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-            return Err(Failure::CutOff(failed(format!("the handler panicked: {text}"))));
-        }
-        Err(_) => return Err(Failure::CutOff(failed(format!("the handler ran longer than {limit:?}")))),
-    }
+    ended(handler.handle(conn, message), options).await?;
     if !handler.is_one_statement() && !inbox::is_accepted(conn, &options.name, message.id).await? {
-        return Err(Failure::CutOff(failed("the handler ended the transaction it ran in".to_owned())));
+        let text = "the handler ended the transaction it ran in".to_owned();
+        return Err(Failure::CutOff(HandlerError::Failed(text)));
     }
     Ok(())
 }
 
-async fn within(limit: Duration, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+/// Waits for a handler, however it ends.
+pub(super) async fn ended(handling: Handling<'_>, options: &ConsumerOptions) -> Result<(), Failure> {
+    let failed = |text: String| HandlerError::Failed(text);
+    // A statement that runs too long is ended by the server, a moment earlier.
+    let limit = options.handler_timeout + MARGIN;
+    match tokio::time::timeout(limit, AssertUnwindSafe(handling).catch_unwind()).await {
+        Ok(Ok(result)) => result.map_err(handler_failure),
+        Ok(Err(panic)) => {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+            Err(Failure::CutOff(failed(format!("the handler panicked: {text}"))))
+        }
+        Err(_) => Err(Failure::CutOff(failed(format!("the handler ran longer than {limit:?}")))),
+    }
+}
+
+pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     match tokio::time::timeout(limit, work).await {
         Ok(result) => result,
         Err(_) => Err(Failure::Transient(DbError::TimedOut { what: "a delivery's transaction", limit })),
@@ -340,12 +389,13 @@ async fn within(limit: Duration, work: impl Future<Output = Result<(), Failure>>
 fn handler_failure(error: HandlerError) -> Failure {
     match error {
         HandlerError::Database(error) if db::is_transient(&error) => Failure::Transient(error.into()),
+        HandlerError::Unavailable { reason, retry_after } => Failure::Unavailable { reason, retry_after },
         error => Failure::Handler(error),
     }
 }
 
 /// `accept` refuses what can never be accepted (OB001, 22023): that is the message's fault, not the server's.
-fn accept_error(error: sqlx::Error) -> Failure {
+pub(super) fn accept_error(error: sqlx::Error) -> Failure {
     match db::sqlstate(&error).as_deref() {
         Some("OB001" | "22023") => Failure::Handler(HandlerError::Park(error.to_string())),
         _ => Failure::Transient(error.into()),
@@ -353,6 +403,6 @@ fn accept_error(error: sqlx::Error) -> Failure {
 }
 
 /// Deferred constraints speak at the commit: an error that is not transient is the handler's.
-fn commit_failure(error: sqlx::Error) -> Failure {
+pub(super) fn commit_failure(error: sqlx::Error) -> Failure {
     handler_failure(HandlerError::Database(error))
 }

@@ -232,7 +232,7 @@ impl Targets<'_> {
             "select owner_name from oncebox.outbox_lease where expires_at > clock_timestamp() order by lane limit 1";
         let owner: Option<String> = sqlx::query_scalar(owner).fetch_optional(&mut conn).await.ok()??;
         crate::db::close(conn).await;
-        self.children.index_of(Kind::Relay, owner?.strip_prefix("pid ")?.parse().ok()?).await
+        self.children.index_of(Kind::Relay, owner?.rsplit_once("pid ")?.1.parse().ok()?).await
     }
 }
 

@@ -25,6 +25,7 @@ pub async fn declare(amqp_url: &str) -> anyhow::Result<()> {
         exchange: EXCHANGE.to_owned(),
         bindings: vec!["order.placed".to_owned(), "customer.closed".to_owned()],
         single_active_consumer: true,
+        voids: false,
     };
     for queue in [billing, tap()] {
         broker.subscribe(&queue, 1).await.with_context(|| format!("queue \"{}\"", queue.name))?.close().await;
@@ -44,6 +45,7 @@ fn tap() -> QueueSpec {
         exchange: EXCHANGE.to_owned(),
         bindings: vec!["#".to_owned()],
         single_active_consumer: false,
+        voids: false,
     }
 }
 

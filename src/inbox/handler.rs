@@ -4,6 +4,7 @@ use super::Received;
 use sqlx::{AssertSqlSafe, PgConnection};
 use std::future::Future;
 use std::pin::Pin;
+use std::time::Duration;
 
 /// Why a handler did not apply a message. Its transaction is rolled back in every case.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,14 @@ pub enum HandlerError {
     /// No attempt will succeed: park it at once.
     #[error("{0}")]
     Park(String),
+    /// What the handler depends on is not there: no fault of the message. Tried again after a pause, without counting.
+    #[error("{reason}")]
+    Unavailable {
+        /// What is missing.
+        reason: String,
+        /// How long to wait, if something is known about that.
+        retry_after: Option<Duration>,
+    },
     /// The database said no. Errors of the connection, the server's state or a conflict are retried without
     /// counting; any other counts like [`Failed`](Self::Failed).
     #[error(transparent)]
@@ -32,11 +41,37 @@ pub trait Handler: Send + Sync + 'static {
     /// A panic, and a statement that failed and was passed over, count as [`HandlerError::Failed`].
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a>;
 
-    /// True when handling is one statement and nothing else: then nothing but the database is waited for inside the
+    /// True when [`call_out`](Self::call_out) does the work, and [`handle`](Self::handle) at most records it. Such a
+    /// handler runs message by message.
+    fn works_outside(&self) -> bool {
+        false
+    }
+
+    /// Work that waits for something else than the database, done outside every transaction and before the one that
+    /// accepts the message. It is called for a message that looks new and is not held up, and may be called for the same
+    /// message again, also by two processes at a time: its effect is at-least-once, with the message's id as the key.
+    fn call_out<'a>(&'a self, message: &'a Received) -> Handling<'a> {
+        let _ = message;
+        Box::pin(async { Ok(()) })
+    }
+
+    /// True when handling is at most one statement and nothing else: then nothing but the database is waited for inside the
     /// transaction, and no error can be passed over.
     fn is_one_statement(&self) -> bool {
         false
     }
+
+    /// How it handles many messages in one statement, if it can.
+    fn batches(&self) -> Option<&dyn BatchHandler> {
+        None
+    }
+}
+
+/// Applies many messages in one statement, inside the one transaction that accepted them all.
+pub trait BatchHandler: Send + Sync {
+    /// Does the work of all, in this order, and nothing but that statement. If one of them cannot be applied, none is:
+    /// the caller rolls back and hands them to [`Handler::handle`] one by one.
+    fn handle_all<'a>(&'a self, conn: &'a mut PgConnection, messages: &'a [&'a Received]) -> Handling<'a>;
 }
 
 /// Calls `f(message_id uuid, topic text, payload jsonb, headers jsonb) returns void`; raising means failed.
@@ -44,6 +79,7 @@ pub trait Handler: Send + Sync + 'static {
 pub struct SqlHandler {
     signature: String,
     call: String,
+    call_all: String,
 }
 
 /// The handler of the config file cannot be used.
@@ -85,6 +121,13 @@ impl SqlHandler {
         Ok(Self {
             signature: format!("{quoted}(uuid, text, jsonb, jsonb)"),
             call: format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)"),
+            // A volatile function in the list is evaluated after the sort: in the order of n.
+            call_all: format!(
+                "select {quoted}(m.id, m.topic, m.payload::jsonb, m.headers::jsonb)
+                from unnest($1::uuid[], $2::text[], $3::text[], $4::text[])
+                    with ordinality as m(id, topic, payload, headers, n)
+                order by m.n"
+            ),
         })
     }
 
@@ -108,10 +151,7 @@ impl Handler for SqlHandler {
 
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
         Box::pin(async move {
-            let payload = jsonb_text(&message.body).map_err(|why| HandlerError::Park(format!("the payload {why}")))?;
-            let headers =
-                serde_json::to_vec(&message.headers).map_err(|error| HandlerError::Park(error.to_string()))?;
-            let headers = jsonb_text(&headers).map_err(|why| HandlerError::Park(format!("a header {why}")))?;
+            let (payload, headers) = arguments(message)?;
             // The function's name was quoted when the handler was made.
             sqlx::query(AssertSqlSafe(self.call.as_str()))
                 .bind(message.id.0)
@@ -123,6 +163,35 @@ impl Handler for SqlHandler {
             Ok(())
         })
     }
+
+    fn batches(&self) -> Option<&dyn BatchHandler> {
+        Some(self)
+    }
+}
+
+impl BatchHandler for SqlHandler {
+    fn handle_all<'a>(&'a self, conn: &'a mut PgConnection, messages: &'a [&'a Received]) -> Handling<'a> {
+        Box::pin(async move {
+            let arguments = messages.iter().map(|message| arguments(message)).collect::<Result<Vec<_>, _>>()?;
+            let (payloads, headers): (Vec<&str>, Vec<String>) = arguments.into_iter().unzip();
+            sqlx::query(AssertSqlSafe(self.call_all.as_str()))
+                .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
+                .bind(messages.iter().map(|message| message.topic.as_str()).collect::<Vec<_>>())
+                .bind(payloads)
+                .bind(headers)
+                .execute(conn)
+                .await?;
+            Ok(())
+        })
+    }
+}
+
+/// Payload and headers as the function gets them.
+fn arguments(message: &Received) -> Result<(&str, String), HandlerError> {
+    let payload = jsonb_text(&message.body).map_err(|why| HandlerError::Park(format!("the payload {why}")))?;
+    let headers = serde_json::to_string(&message.headers).map_err(|error| HandlerError::Park(error.to_string()))?;
+    jsonb_text(headers.as_bytes()).map_err(|why| HandlerError::Park(format!("a header {why}")))?;
+    Ok((payload, headers))
 }
 
 /// The bytes as text that Postgres takes for `jsonb`: JSON without the NUL character, which it cannot store.

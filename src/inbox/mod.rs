@@ -1,11 +1,14 @@
 //! The inbox: `broker → consumer → `**`inbox`**` → handler's transaction`.
 //!
 //! [`accept`] says, inside the handler's own transaction, whether a message is new; [`handler`] is what runs then;
-//! [`held`] keeps what must be tried again or needs an operator. Left out on purpose: the broker, which the
+//! [`held`] keeps what must be tried again or needs an operator; [`stream`] applies streams in order. Left out on purpose: the broker, which the
 //! consumer talks to.
 
 pub mod handler;
 pub mod held;
+pub mod http;
+pub mod ledger;
+pub mod stream;
 
 use crate::message::{Delivery, Headers, MessageId, Position};
 use sqlx::PgConnection;
@@ -111,18 +114,34 @@ pub enum Reception {
     Held,
     /// An earlier message of its key waits: hold it too, then acknowledge.
     BehindKey,
+    /// An offset before its own has not come: hold it, then acknowledge.
+    Gap,
+    /// An earlier message of its stream waits: hold it too, then acknowledge.
+    BehindStream,
 }
 
-// CASE evaluates in order: accept runs only if nothing holds the message up. The table decides, not memory.
-const RECEIVE: &str = "
-    select case
-        when exists (select from oncebox.inbox_held as h where h.consumer = $1 and h.message_id = $2) then 'held'
-        when exists (
-            select from oncebox.inbox_held as h
-            where h.consumer = $1 and h.key = $6 and h.state = 'waiting') then 'behind_key'
-        when oncebox.accept($1, $2, $3, $4, $5) then 'new'
-        else 'done'
-    end";
+impl Reception {
+    /// Why the delivery is to be held, if it is to be.
+    pub fn holds(self) -> Option<held::Reason> {
+        match self {
+            Self::BehindKey => Some(held::Reason::BehindKey),
+            Self::Gap => Some(held::Reason::Gap),
+            Self::BehindStream => Some(held::Reason::BehindStream),
+            Self::New | Self::Done | Self::Held => None,
+        }
+    }
+
+    fn of(answer: &str) -> Self {
+        match answer {
+            "new" => Self::New,
+            "done" => Self::Done,
+            "held" => Self::Held,
+            _ => Self::BehindKey,
+        }
+    }
+}
+
+const RECEIVE: &str = "select oncebox.inbox_receive($1, $2, $3, $4, $5, $6)";
 
 /// Accepts a delivery unless it is held, or `by_key` and an earlier message of its key is. Part of the handler's
 /// transaction, like [`accept`].
@@ -142,13 +161,39 @@ pub async fn receive(
         .bind(message.key.as_deref().filter(|_| by_key))
         .fetch_one(conn)
         .await?;
-    Ok(match answer.as_str() {
-        "new" => Reception::New,
-        "done" => Reception::Done,
-        "held" => Reception::Held,
-        _ => Reception::BehindKey,
-    })
+    Ok(Reception::of(&answer))
+}
+
+const BATCH_TURN: &str = "select pg_advisory_xact_lock(hashtextextended('oncebox batch ' || $1, 0))";
+
+/// Waits until no other batch of the consumer is in a transaction, and keeps others out until the end of this one: two
+/// that touch the same rows in different orders would end each other again and again.
+pub async fn take_batch_turn(conn: &mut PgConnection, consumer: &str) -> Result<(), sqlx::Error> {
+    sqlx::query(BATCH_TURN).bind(consumer).execute(conn).await?;
+    Ok(())
+}
+
+const RECEIVE_ALL: &str = "select oncebox.inbox_receive_all($1, $2, $3, $4, $5, $6)";
+
+/// [`receive`] of many, in this order, in one statement; an answer each.
+pub async fn receive_all(
+    conn: &mut PgConnection,
+    consumer: &str,
+    messages: &[Received],
+    by_key: bool,
+) -> Result<Vec<Reception>, sqlx::Error> {
+    let positions = || messages.iter().map(|message| message.position.as_ref());
+    let answers: Vec<Option<String>> = sqlx::query_scalar(RECEIVE_ALL)
+        .bind(consumer)
+        .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
+        .bind(positions().map(|at| at.map(|at| at.source)).collect::<Vec<_>>())
+        .bind(positions().map(|at| at.map(|at| at.stream.as_str())).collect::<Vec<_>>())
+        .bind(positions().map(|at| at.map(|at| at.offset)).collect::<Vec<_>>())
+        .bind(messages.iter().map(|message| message.key.as_deref().filter(|_| by_key)).collect::<Vec<_>>())
+        .fetch_one(conn)
+        .await?;
+    Ok(answers.into_iter().flatten().map(|answer| Reception::of(&answer)).collect())
 }
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[ACCEPT, IS_ACCEPTED, RECEIVE];
+pub const STATEMENTS: &[&str] = &[ACCEPT, IS_ACCEPTED, RECEIVE, BATCH_TURN, RECEIVE_ALL];

@@ -5,7 +5,7 @@
 //! and [`Rabbit::start`] give nodes that end, data included, when they are dropped; [`Postgres::up`] and [`Rabbit::up`]
 //! give nodes that outlive the process, found again through a state file in their folder.
 //!
-//! Left out on purpose: TLS, passwords, clusters and standbys, containers, and installing the servers (`./dev` does).
+//! Left out on purpose: TLS, passwords, broker clusters, containers, and installing the servers (`./dev` does).
 //! No signal is ever sent to a process whose command line does not name our own folder or node.
 
 mod ports;

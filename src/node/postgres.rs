@@ -182,16 +182,62 @@ impl Postgres {
         self.save()
     }
 
+    /// Starts a streaming standby of `primary`, named `standby` to it, in `dir/postgres`. Scoped as with
+    /// [`Postgres::start`].
+    ///
+    /// # Errors
+    /// As [`Postgres::start`]; also if the primary cannot be copied.
+    pub async fn standby_of(primary: &Postgres, dir: &Path) -> Result<Postgres, NodeError> {
+        let mut node = Postgres::place(&folder(dir)?, PostgresOptions { settings: primary.settings.clone() }).await?;
+        node.scoped = true;
+        let source = format!("host=127.0.0.1 port={} user=oncebox application_name=standby", primary.port);
+        let mut copy = node.command("pg_basebackup");
+        copy.args(["-R", "-X", "stream", "-c", "fast", "--no-sync", "-d", &source, "-D"]).arg(node.home.join("data"));
+        output(copy, HELPER).await?;
+        node.launch_anywhere().await?;
+        Ok(node)
+    }
+
+    /// Makes a standby the primary of a new timeline; it takes writes on return.
+    ///
+    /// # Errors
+    /// It is none, or does not become one.
+    pub async fn promote(&self) -> Result<(), NodeError> {
+        let mut promote = self.command("pg_ctl");
+        promote.args(["promote", "-w", "-s", "-D"]).arg(self.home.join("data"));
+        output(promote, HELPER).await.map(drop)
+    }
+
+    /// Runs `pg_resetwal` with these arguments, e.g. `["-e", "1"]`, on the data of a stopped or killed server.
+    ///
+    /// # Errors
+    /// The server runs, or pg_resetwal refuses.
+    pub async fn reset_wal(&mut self, args: &[&str]) -> Result<(), NodeError> {
+        let data = self.home.join("data");
+        if !self.is_alive() {
+            // A killed server leaves it behind.
+            let _ = fs::remove_file(data.join("postmaster.pid"));
+        }
+        let mut reset = self.command("pg_resetwal");
+        reset.args(args).arg("-D").arg(&data);
+        output(reset, HELPER).await.map(drop)
+    }
+
     async fn prepare(dir: &Path, options: PostgresOptions) -> Result<Postgres, NodeError> {
+        let node = Postgres::place(dir, options).await?;
+        node.initdb().await?;
+        Ok(node)
+    }
+
+    /// A node with a folder and a port, without data.
+    async fn place(dir: &Path, options: PostgresOptions) -> Result<Postgres, NodeError> {
         let bin = find(folders(), &["postgres", "initdb", "createdb"])
             .ok_or(NodeError::Missing { product: PRODUCT, program: "initdb" })?;
         let account = if id(&["-u"]).await == Some(0) { Some(account().await?) } else { None };
         let home = home(dir, account)?;
         let settings = options.settings;
         let (process, dir) = (None, dir.to_owned());
-        let node = Postgres { bin, home, port: ports::free()?, settings, account, process, dir, scoped: false };
-        node.initdb().await?;
-        Ok(node)
+        Ok(Postgres { bin, home, port: ports::free()?, settings, account, process, dir, scoped: false })
     }
 
     /// Makes the data folder unless it is there; under another name first, so that a half-made one is never used.

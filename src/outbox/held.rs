@@ -15,7 +15,7 @@ use std::time::Duration;
 /// Waiting messages of a lane beyond which the relay reads no further: the lane waits, and its lag shows.
 pub const MAX_WAITING: i64 = 10_000;
 /// Longest wait for one of these statements.
-const LIMIT: Duration = Duration::from_secs(20);
+pub(super) const LIMIT: Duration = Duration::from_secs(20);
 
 /// Why a message is held.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub enum Reason {
     },
     /// An earlier message of its key is held.
     BehindKey,
+    /// An operator has paused its topic.
+    Paused,
     /// No queue is bound for it.
     Unroutable(String),
     /// The broker closed the channel because of it.
@@ -36,13 +38,17 @@ pub enum Reason {
 }
 
 impl Reason {
-    fn columns(&self) -> (&'static str, &'static str, Option<&str>, i32, f64) {
+    /// State, reason, last error, attempts, and seconds until it is due: none for a message that waits for a word.
+    fn columns(&self) -> (&'static str, &'static str, Option<&str>, i32, Option<f64>) {
         match self {
-            Self::Nacked { retry_in } => ("waiting", "nacked", Some("the broker nacked it"), 1, retry_in.as_secs_f64()),
-            Self::BehindKey => ("waiting", "behind_key", None, 0, 0.0),
-            Self::Unroutable(text) => ("parked", "unroutable", Some(text), 1, 0.0),
-            Self::Refused(text) => ("parked", "refused", Some(text), 1, 0.0),
-            Self::Expired => ("parked", "expired", None, 0, 0.0),
+            Self::Nacked { retry_in } => {
+                ("waiting", "nacked", Some("the broker nacked it"), 1, Some(retry_in.as_secs_f64()))
+            }
+            Self::BehindKey => ("waiting", "behind_key", None, 0, Some(0.0)),
+            Self::Paused => ("waiting", "paused", None, 0, None),
+            Self::Unroutable(text) => ("parked", "unroutable", Some(text), 1, Some(0.0)),
+            Self::Refused(text) => ("parked", "refused", Some(text), 1, Some(0.0)),
+            Self::Expired => ("parked", "expired", None, 0, Some(0.0)),
         }
     }
 
@@ -65,7 +71,7 @@ const HOLD: &str = "
             ordinal, message_id, topic, key, content_type, headers, body, published_at, expires_at)
         select
             o.lane, o.seq, l.plan_n, l.state, l.reason, l.last_error, l.attempts,
-            clock_timestamp() + make_interval(secs => l.retry_in_s), l.source, l.stream, l.\"offset\",
+            coalesce(clock_timestamp() + make_interval(secs => l.retry_in_s), 'infinity'), l.source, l.stream, l.\"offset\",
             l.ordinal, o.message_id, o.topic, o.key, o.content_type, o.headers, o.body, o.published_at, o.expires_at
         from lease
         cross join leaving as l
@@ -119,29 +125,30 @@ pub struct Due {
     pub attempts: u32,
     /// Its time has passed.
     pub expired: bool,
+    /// No queue was bound for it when it was sent before.
+    pub was_unroutable: bool,
 }
 
-// One index probe for each key that waits, not one for each message.
+// One index probe for each key that waits, not one for each message: the first row of the next key is its head. Asked
+// for the first seq of one key, the planner may walk the whole lane by seq instead.
 const DUE: &str = "
-    with recursive waiting_key(key) as (
-        select min(h.key) from oncebox.outbox_held as h where h.lane = $1 and h.state = 'waiting'
+    with recursive keyed(key, seq) as (
+        (select h.key, h.seq from oncebox.outbox_held as h
+        where h.lane = $1 and h.state = 'waiting' and h.key is not null
+        order by h.key, h.seq limit 1)
         union all
-        select (
-            select min(h.key) from oncebox.outbox_held as h
-            where h.lane = $1 and h.state = 'waiting' and h.key > waiting_key.key)
-        from waiting_key where waiting_key.key is not null
+        select next.key, next.seq from keyed cross join lateral (
+            select h.key, h.seq from oncebox.outbox_held as h
+            where h.lane = $1 and h.state = 'waiting' and h.key > keyed.key
+            order by h.key, h.seq limit 1) as next
     ), head(seq) as (
-        select (
-            select h.seq from oncebox.outbox_held as h
-            where h.lane = $1 and h.state = 'waiting' and h.key = waiting_key.key
-            order by h.seq limit 1)
-        from waiting_key
+        select keyed.seq from keyed
         union all
         select h.seq from oncebox.outbox_held as h where h.lane = $1 and h.state = 'waiting' and h.key is null
     )
     select h.seq, h.attempts, coalesce(h.expires_at <= clock_timestamp(), false), h.source, h.stream, h.\"offset\",
         h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint,
-        h.ordinal
+        h.ordinal, h.reason = 'unroutable'
     from head join oncebox.outbox_held as h on h.lane = $1 and h.seq = head.seq
     where h.next_at <= clock_timestamp() and h.seq <> all($2)
     order by h.seq limit $3";
@@ -156,6 +163,7 @@ pub async fn due(conn: &mut PgConnection, lane: i16, sent: &[i64], limit: i64) -
                 seq: row.try_get(0)?,
                 attempts: row.try_get::<i32, _>(1)?.try_into().unwrap_or_default(),
                 expired: row.try_get(2)?,
+                was_unroutable: row.try_get(14)?,
                 envelope: Envelope {
                     position: Position { source: row.try_get(3)?, stream: row.try_get(4)?, offset: row.try_get(5)? },
                     ordinal: row.try_get(13)?,
@@ -189,7 +197,7 @@ pub async fn release(conn: &mut PgConnection, lane: i16, epoch: i64, seqs: &[i64
 const RECORD: &str = "
     update oncebox.outbox_held as h
     set state = $4, reason = $5, last_error = $6, attempts = h.attempts + $7, changed_at = clock_timestamp(),
-        next_at = clock_timestamp() + make_interval(secs => $8)
+        next_at = coalesce(clock_timestamp() + make_interval(secs => $8), 'infinity')
     from (select lane from oncebox.outbox_lease where lane = $1 and epoch = $2 for update) as lease
     where h.lane = lease.lane and h.seq = $3";
 
@@ -210,24 +218,41 @@ pub async fn record(conn: &mut PgConnection, lane: i16, epoch: i64, seq: i64, re
 }
 
 const WAITING: &str = "
-    select key, count(*) from oncebox.outbox_held
+    select key, count(*), count(*) filter (where reason = 'nacked') from oncebox.outbox_held
     where lane = $1 and state = 'waiting'
     group by key order by key";
 
+/// What waits in a lane.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// How many messages.
+    pub count: i64,
+    /// How many of them wait for their next attempt.
+    pub nacked: i64,
+    /// For which keys.
+    pub keys: HashSet<String>,
+}
+
 /// How many messages wait, and for which keys.
-pub async fn waiting(conn: &mut PgConnection, lane: i16) -> Result<(i64, HashSet<String>), DbError> {
-    let query = sqlx::query_as::<_, (Option<String>, i64)>(WAITING).bind(lane);
+pub async fn waiting(conn: &mut PgConnection, lane: i16) -> Result<Waiting, DbError> {
+    let query = sqlx::query_as::<_, (Option<String>, i64, i64)>(WAITING).bind(lane);
     let rows = db::bounded("waiting keys", LIMIT, query.fetch_all(conn)).await?;
-    let count = rows.iter().map(|(_, count)| count).sum();
-    Ok((count, rows.into_iter().filter_map(|(key, _)| key).collect()))
+    Ok(Waiting {
+        count: rows.iter().map(|(_, count, _)| count).sum(),
+        nacked: rows.iter().map(|(.., nacked)| nacked).sum(),
+        keys: rows.into_iter().filter_map(|(key, ..)| key).collect(),
+    })
 }
 
 const HELD_BEYOND: &str = "
-    select plan_n, seq from oncebox.outbox_held
-    where lane = $1 and (plan_n, seq) > ($2, $3)
-    order by plan_n, seq";
+    select h.plan_n, h.seq from oncebox.outbox_held as h
+    where h.lane = $1 and (h.plan_n, h.seq) > ($2, $3)
+    union all
+    select d.plan_n, d.seq from oncebox.outbox_discarded as d
+    where d.lane = $1 and (d.plan_n, d.seq) > ($2, $3)
+    order by 1, 2";
 
-/// Places beyond `settled` that are held already: a replay passes over them.
+/// Places beyond `settled` that are held already, or were and have been discarded: a replay passes over them.
 pub async fn held_beyond(conn: &mut PgConnection, lane: i16, settled: LogPlace) -> Result<HashSet<LogPlace>, DbError> {
     let query = sqlx::query_as(HELD_BEYOND).bind(lane).bind(settled.n).bind(settled.seq);
     let rows: Vec<(i64, i64)> = db::bounded("held places", LIMIT, query.fetch_all(conn)).await?;

@@ -40,6 +40,8 @@ pub struct Plan {
     pub q2: i64,
     /// Last value of the sequence, read after `s2`: where the window's rows end.
     pub q_top: i64,
+    /// When it was made, in microseconds since 1970: tells it from another one with the same number.
+    pub planned_at_us: i64,
 }
 
 impl Plan {
@@ -89,15 +91,17 @@ pub struct Resume {
     pub plans: VecDeque<RecordedPlan>,
     /// Counters at the start of the first of them.
     pub offsets: Offsets,
+    /// The newest plan was made by a transaction that this cluster has yet to begin.
+    pub xids_moved_back: bool,
 }
 
 // Settled places are saved with every plan and, when none is made for a while, with the lease.
 const NEWEST: &str = "
     select p.n, s.n, s.seq,
         (select max(k.n) from oncebox.outbox_plan as k where k.lane = $1 and k.keyframe and k.n <= s.n),
-        pg_snapshot_xmax(p.s2) > pg_snapshot_xmax(pg_current_snapshot())
+        p.p2 >= pg_snapshot_xmax(pg_current_snapshot())
     from (
-        select n, s2, settled_n, settled_seq from oncebox.outbox_plan where lane = $1 order by n desc limit 1
+        select n, p2, settled_n, settled_seq from oncebox.outbox_plan where lane = $1 order by n desc limit 1
     ) as p
     join oncebox.outbox_lease as l on l.lane = $1
     cross join lateral (
@@ -106,7 +110,8 @@ const NEWEST: &str = "
     ) as s";
 
 const SINCE: &str = "
-    select n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top
+    select n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top,
+        (extract(epoch from planned_at) * 1000000)::bigint
     from oncebox.outbox_plan
     where lane = $1 and n between $2 and $3
     order by n";
@@ -119,10 +124,6 @@ pub async fn resume(conn: &mut PgConnection, lane: i16) -> Result<Resume, DbErro
     let newest = newest.ok_or_else(|| broken(0, "the first plan is missing"))?;
     let tail: i64 = newest.try_get(0)?;
     let mut settled = LogPlace { n: newest.try_get(1)?, seq: newest.try_get(2)? };
-    if newest.try_get(4)? {
-        // A restored database: windows recorded before would hide rows from every later one.
-        return Err(broken(tail, "the database's transaction ids have moved backwards since it was recorded"));
-    }
     if settled.n > tail {
         // The newest window is settled to its end, and nobody has recorded the counters behind it.
         settled = LogPlace { n: tail, seq: i64::MAX };
@@ -149,10 +150,11 @@ pub async fn resume(conn: &mut PgConnection, lane: i16) -> Result<Resume, DbErro
     if plans.is_empty() {
         return Err(broken(settled.n, "the settled plan is missing"));
     }
-    Ok(Resume { settled, plans, offsets })
+    Ok(Resume { settled, plans, offsets, xids_moved_back: newest.try_get(4)? })
 }
 
-fn recorded(lane: i16, row: &PgRow) -> Result<RecordedPlan, DbError> {
+/// Reads the columns of [`SINCE`].
+pub(super) fn recorded(lane: i16, row: &PgRow) -> Result<RecordedPlan, DbError> {
     Ok(RecordedPlan {
         plan: Plan {
             lane,
@@ -165,6 +167,7 @@ fn recorded(lane: i16, row: &PgRow) -> Result<RecordedPlan, DbError> {
             p2: row.try_get(6)?,
             q2: row.try_get(7)?,
             q_top: row.try_get(10)?,
+            planned_at_us: row.try_get(11)?,
         },
         streams: row.try_get(8)?,
         bases: row.try_get(9)?,
@@ -238,8 +241,11 @@ const APPEND: &str = "
         p.lane, p.n + 1, p.source, p.s2, p.p2, p.q2, pg_current_snapshot(), pg_current_xact_id(), $4,
         (select last_value from oncebox.outbox_seq), $5, $6, $7, $8, $9, clock_timestamp()
     from lease join oncebox.outbox_plan as p on p.lane = lease.lane
-    where p.n = $3
-    returning n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top";
+    where p.n = $3 and p.source = oncebox.outbox_source_in_force()
+    returning n, source, s1::text, p1::text, q1, s2::text, p2::text, q2, streams, bases, q_top,
+        (extract(epoch from planned_at) * 1000000)::bigint";
+
+const SOURCE_STANDS: &str = "select $1 is not distinct from oncebox.outbox_source_in_force()";
 
 /// What a new plan records besides its window.
 #[derive(Debug)]
@@ -260,7 +266,8 @@ pub struct PlanRecord {
 /// and with it every row it covers: they may be published.
 ///
 /// # Errors
-/// [`DbError::LeaseLost`] when another relay holds the lane: publish nothing more. [`DbError::FenceBroken`] when the
+/// [`DbError::LeaseLost`] when another relay holds the lane: publish nothing more. [`DbError::SourceReplaced`] when
+/// the lane must move to a new source first. [`DbError::FenceBroken`] when the
 /// standby did not confirm: the plan stands, but publish nothing before a later fence.
 pub async fn append(conn: &mut PgConnection, epoch: i64, newest: &Plan, record: &PlanRecord) -> Result<Plan, DbError> {
     let lost = DbError::LeaseLost { lane: newest.lane };
@@ -274,15 +281,24 @@ pub async fn append(conn: &mut PgConnection, epoch: i64, newest: &Plan, record: 
         .bind(record.keyframe)
         .bind(&record.streams)
         .bind(&record.bases);
-    let inserted = db::fenced(db::bounded("a plan", LIMIT, query.fetch_optional(conn))).await;
+    let inserted = db::fenced(db::bounded("a plan", LIMIT, query.fetch_optional(&mut *conn))).await;
     match inserted {
         Ok(Some(row)) => Ok(recorded(newest.lane, &row)?.plan),
-        Ok(None) => Err(lost),
+        Ok(None) => {
+            let stands = source_stands(conn, newest.source).await?;
+            Err(if stands { lost } else { DbError::SourceReplaced { lane: newest.lane } })
+        }
         // Somebody else appended plan n + 1.
         Err(DbError::Sqlx(error)) if db::sqlstate(&error).as_deref() == Some("23505") => Err(lost),
         Err(error) => Err(error),
     }
 }
 
+/// Whether plans may still carry this source here.
+pub async fn source_stands(conn: &mut PgConnection, source: Uuid) -> Result<bool, DbError> {
+    let query = sqlx::query_scalar(SOURCE_STANDS).bind(source).fetch_one(conn);
+    db::bounded("the source", LIMIT, query).await
+}
+
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[NEWEST, SINCE, LAST_NUMBER, PROBE, PROBE_CALM, APPEND];
+pub const STATEMENTS: &[&str] = &[NEWEST, SINCE, LAST_NUMBER, PROBE, PROBE_CALM, APPEND, SOURCE_STANDS];

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// How long a lease is good without renewal. A relay that died is replaced after this and one look of the standby.
-pub const TERM: Duration = Duration::from_secs(6);
+pub const TERM: Duration = Duration::from_secs(5);
 /// How often it is renewed: three tries fit into a term.
 pub const RENEW_EVERY: Duration = Duration::from_millis(1_500);
 /// Longest wait for one of these statements: shorter than a term, so that a stuck renewal is noticed in time.
-const LIMIT: Duration = Duration::from_secs(4);
+const LIMIT: Duration = Duration::from_millis(3_500);
 
 /// A lane held by this process.
 #[derive(Debug, Clone, Copy)]

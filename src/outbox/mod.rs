@@ -1,8 +1,8 @@
 //! The outbox: `app transaction → `**`outbox`**` → relay → broker`.
 //!
 //! [`publish`] is all an app needs: one call inside its own transaction. The rest is the relay's side of the
-//! tables: [`lease`] says who publishes a lane, [`journal`] which rows come next and with which offsets, [`held`]
-//! what is out of order or parked. Left out on purpose: any UPDATE or DELETE of the log itself.
+//! tables: [`relays`] and [`lease`] say who publishes a lane, [`journal`] which rows come next and with which offsets,
+//! [`held`] what is out of order or parked, [`pause`] what operators have stopped. Left out on purpose: any UPDATE or DELETE of the log itself.
 
 /// Transactions that were open at a snapshot: those it lists, and those of the log between its xmax and the xid that
 /// recorded it. The second kind is found by one index probe for each such transaction, not by their rows. Closes the
@@ -41,11 +41,23 @@ macro_rules! open_then {
 #[cfg(feature = "cli")]
 pub mod held;
 #[cfg(feature = "cli")]
+pub mod history;
+#[cfg(feature = "cli")]
 pub mod journal;
 #[cfg(feature = "cli")]
 pub mod lease;
 #[cfg(feature = "cli")]
 pub mod offsets;
+#[cfg(feature = "cli")]
+pub mod pause;
+#[cfg(feature = "cli")]
+pub mod relays;
+#[cfg(feature = "cli")]
+pub mod source;
+#[cfg(feature = "cli")]
+pub mod unroutable;
+#[cfg(feature = "cli")]
+pub mod void;
 #[cfg(feature = "cli")]
 pub mod window;
 

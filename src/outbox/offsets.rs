@@ -2,7 +2,9 @@
 //!
 //! The counters depend on nothing but the rows before, in window order, so every replay assigns the same offsets.
 
+use crate::message::{Envelope, Message, Position};
 use std::collections::{HashMap, HashSet};
+use uuid::Uuid;
 
 /// Streams a lane keeps apart; the topics beyond share one stream, `*#lane`. It bounds the counters in memory and
 /// in each keyframe of the journal.
@@ -32,6 +34,17 @@ impl Offsets {
     /// Stream, offset and ordinal of the next message of `topic`.
     pub fn assign(&mut self, topic: &str) -> (String, i64, i64) {
         self.skip(topic, 1)
+    }
+
+    /// Gives the next message its place, on its way to the broker.
+    pub fn place(&mut self, source: Uuid, message: Message) -> Envelope {
+        let (stream, offset, ordinal) = self.assign(&message.topic);
+        Envelope { message, position: Position { source, stream, offset }, ordinal }
+    }
+
+    /// The offset the next message of a stream gets, and 1 if none was published in it. `#lane` asks for the ordinal.
+    pub fn next(&self, stream: &str) -> i64 {
+        self.next.get(stream).copied().unwrap_or(1)
     }
 
     /// Passes over `count` messages of `topic`; returns the stream, and the first of their offsets and ordinals.

@@ -5,16 +5,18 @@
 //! sending the suspects one at a time.
 
 use super::lookahead::{Lookahead, Ticket};
+use super::pauses::Pauses;
 use super::reader::Page;
-use super::{RelayError, RelayOptions};
+use super::{BrokerHealth, RelayError, RelayOptions};
 use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, Outcome, Publisher};
 use crate::db::DbError;
 use crate::failpoints;
-use crate::message::Position;
+use crate::message::{Position, Void};
 use crate::outbox::held::{self, Due, Reason};
 use crate::outbox::journal::LogPlace;
 use crate::outbox::lease::Lease;
+use crate::outbox::{pause, unroutable, void};
 use sqlx::PgConnection;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -33,6 +35,10 @@ const HELD_IDLE_EVERY: Duration = Duration::from_secs(1);
 const HELD_BATCH: i64 = 500;
 /// Tickets of held messages have this bit, which no ordinal of the log reaches.
 const HELD_TICKET: Ticket = 1 << 63;
+/// Tickets of void notices have this bit, which none of the others reaches.
+const VOID_TICKET: Ticket = 1 << 62;
+/// Void notices in flight.
+const VOID_BATCH: i64 = 500;
 /// Delay before a nacked message is sent again.
 const NACK_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(10) };
 /// Delay before a new session with the broker.
@@ -42,6 +48,7 @@ const REFUSALS: [u16; 2] = [406, 311];
 
 pub(crate) struct Publishing<'a, B> {
     pub broker: &'a B,
+    pub health: &'a BrokerHealth,
     pub options: &'a RelayOptions,
     pub conn: PgConnection,
     pub lease: watch::Receiver<Lease>,
@@ -54,6 +61,8 @@ pub(crate) struct Publishing<'a, B> {
     pub lookahead: Lookahead,
     /// Held messages that wait, as of the last look.
     pub waiting: i64,
+    /// What must not be sent for now.
+    pub pauses: Pauses,
 }
 
 /// What one lane's publishing keeps between sessions.
@@ -64,21 +73,28 @@ struct Held {
     next_look: Option<Instant>,
     /// When the waiting ones and their keys were counted.
     counted_at: Option<Instant>,
+    /// How many of them wait for another attempt.
+    nacked: i64,
     /// One of these, by sequence number, may have made the broker close the channel.
     suspects: HashSet<i64>,
+    /// When topics that no queue was bound for were tried again, or the lane was taken.
+    probed_at: Option<Instant>,
+    voids: HashMap<Ticket, Void>,
 }
 
 impl<B: Broker> Publishing<'_, B> {
     /// Publishes until drained; the messages still unsettled then are left to the next relay.
     pub async fn run(mut self) -> Result<(), RelayError> {
-        let mut held = Held { next_ticket: HELD_TICKET, ..Held::default() };
+        let mut held = Held { next_ticket: HELD_TICKET, probed_at: Some(Instant::now()), ..Held::default() };
         let mut suspects = BTreeSet::new();
         let mut failures = 0;
         loop {
             if self.drain.is_cancelled() {
                 return Ok(());
             }
-            let error = match self.broker.publisher(&self.options.exchange).await {
+            let session = self.broker.publisher(&self.options.exchange).await;
+            self.health.note(session.is_ok());
+            let error = match session {
                 Ok(mut publisher) => {
                     let before = (self.lookahead.settled(), Instant::now());
                     match self.session(&mut publisher, &mut held, &mut suspects).await {
@@ -143,8 +159,10 @@ impl<B: Broker> Publishing<'_, B> {
                 }
             }
         }
+        held.voids.clear();
         self.lookahead.unsend();
-        Ok(())
+        // Before the pauses are read again: what is held for one that has ended by then is released by that look.
+        Ok(self.write_leaving(held).await?)
     }
 
     async fn session(
@@ -164,6 +182,9 @@ impl<B: Broker> Publishing<'_, B> {
                     lane = self.lease.borrow().lane,
                     "the broker changed its mind about publishers"
                 );
+            }
+            if self.pauses.next_read() <= Instant::now() && !self.drain.is_cancelled() {
+                self.heed_pauses(held).await?;
             }
             if !blocked && self.may_publish() {
                 self.send(publisher, held, suspects).await?;
@@ -199,14 +220,28 @@ impl<B: Broker> Publishing<'_, B> {
                         self.send_held(publisher, held).await?;
                     }
                 }
+                () = tokio::time::sleep_until(self.pauses.next_read().into()), if !self.drain.is_cancelled() => {}
                 () = self.drain.cancelled(), if !self.drain.is_cancelled() => {}
             }
         }
     }
 
-    /// The lease must outlive the moment of sending by this process's own clock.
+    /// The lease must outlive the moment of sending by this process's own clock, and nobody have paused the lane.
     fn may_publish(&self) -> bool {
-        !self.drain.is_cancelled() && Instant::now() < self.lease.borrow().valid_until
+        !self.drain.is_cancelled() && !self.pauses.lane_paused() && self.lease_is_good()
+    }
+
+    fn lease_is_good(&self) -> bool {
+        Instant::now() < self.lease.borrow().valid_until
+    }
+
+    /// Reads the pauses again; what one that has ended held back is due at once.
+    async fn heed_pauses(&mut self, held: &mut Held) -> Result<(), DbError> {
+        let lease = *self.lease.borrow();
+        if self.pauses.refresh(&mut self.conn, lease).await? {
+            held.next_look = None;
+        }
+        Ok(())
     }
 
     fn take_in(&mut self, page: Page) {
@@ -232,9 +267,19 @@ impl<B: Broker> Publishing<'_, B> {
         // Suspects come first, alone, and so does whatever else has its turn until the last of them is settled; then
         // the held ones among them.
         let held_first = suspects.is_empty() && !held.suspects.is_empty();
-        while publisher.capacity() > 0 && !held_first && (suspects.is_empty() || publisher.unconfirmed() == 0) {
+        // The lease is looked at before each message: the process may be frozen between any two of them.
+        while publisher.capacity() > 0
+            && !held_first
+            && (suspects.is_empty() || publisher.unconfirmed() == 0)
+            && self.lease_is_good()
+        {
             let Some(ticket) = self.lookahead.next() else { break };
             let item = self.lookahead.item(ticket);
+            if self.pauses.topic_paused(&item.envelope.message.topic) {
+                suspects.remove(&ticket);
+                self.lookahead.take_out(ticket, Reason::Paused);
+                continue;
+            }
             if item.expires.is_some_and(|at| at <= Instant::now()) {
                 suspects.remove(&ticket);
                 self.lookahead.take_out(ticket, Reason::Expired);
@@ -257,7 +302,14 @@ impl<B: Broker> Publishing<'_, B> {
     ) -> Result<(), RelayError> {
         let lease = *self.lease.borrow();
         let mut released = Vec::new();
+        let mut routable = BTreeSet::new();
+        let mut announced = Vec::new();
         for (ticket, outcome) in outcomes.drain(..) {
+            if let Some(void) = held.voids.remove(&ticket) {
+                // Otherwise it is sent again at the next look.
+                announced.extend(Some(void).filter(|_| outcome == Outcome::Confirmed));
+                continue;
+            }
             suspects.remove(&ticket);
             let attempt = held.in_flight.get(&ticket).map_or(1, |due| due.attempts + 1);
             let reason = match outcome {
@@ -265,6 +317,9 @@ impl<B: Broker> Publishing<'_, B> {
                 Outcome::Nacked => Some(Reason::Nacked { retry_in: NACK_BACKOFF.jittered(attempt) }),
                 Outcome::Returned { code, text } => Some(Reason::Unroutable(format!("{code} {text}"))),
             };
+            if matches!(reason, Some(Reason::Nacked { .. })) {
+                held.nacked += 1;
+            }
             let of_held = held.in_flight.remove(&ticket);
             if let Some(due) = &of_held {
                 held.suspects.remove(&due.seq);
@@ -272,14 +327,30 @@ impl<B: Broker> Publishing<'_, B> {
             match (of_held, reason) {
                 (None, None) => self.lookahead.confirm(ticket),
                 (None, Some(reason)) => self.lookahead.take_out(ticket, reason),
-                (Some(due), None) => released.push(due.seq),
+                (Some(due), None) => {
+                    released.push(due.seq);
+                    if due.was_unroutable && self.options.unroutable_probe.is_some() {
+                        routable.insert(due.envelope.message.topic);
+                    }
+                }
                 (Some(due), Some(reason)) => {
                     held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &reason).await?;
+                    held.next_look = held.next_look.map(|look| look.min(Instant::now() + HELD_EVERY));
                 }
             }
         }
+        if !announced.is_empty() {
+            void::sent(&mut self.conn, lease.lane, lease.epoch, &announced).await?;
+        }
         if !released.is_empty() {
             held::release(&mut self.conn, lease.lane, lease.epoch, &released).await?;
+            for topic in routable {
+                let next = unroutable::release_next(&mut self.conn, lease.lane, lease.epoch, &topic).await?;
+                self.waiting += next as i64;
+                if next > 0 {
+                    tracing::info!(topic, messages = next, "a queue is bound now: unroutable messages are released");
+                }
+            }
             // The next of their keys may go at once.
             held.next_look = None;
         }
@@ -299,10 +370,11 @@ impl<B: Broker> Publishing<'_, B> {
             tracing::warn!(stream, offset, seq = place.seq, ?reason, "parked");
         }
         let waits = leaving.iter().filter(|(.., reason)| reason.waits()).count();
+        let voids = leaving.iter().any(|(.., reason)| matches!(reason, Reason::Expired | Reason::Refused(_)));
         held::hold(&mut self.conn, lease.lane, lease.epoch, &leaving).await?;
         failpoints::pass("relay.held");
         self.lookahead.left();
-        if waits > 0 {
+        if waits > 0 || voids {
             self.waiting += waits as i64;
             held.next_look = held.next_look.map(|look| look.min(Instant::now() + HELD_EVERY));
         }
@@ -313,12 +385,14 @@ impl<B: Broker> Publishing<'_, B> {
     async fn send_held(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<(), RelayError> {
         let lease = *self.lease.borrow();
         self.write_leaving(held).await?;
+        self.probe_unroutable(held).await?;
         // Counting walks all of them: not after each one that was sent.
         if held.counted_at.is_none_or(|at| at.elapsed() >= HELD_EVERY) {
-            let (waiting, keys) = held::waiting(&mut self.conn, lease.lane).await?;
+            let waiting = held::waiting(&mut self.conn, lease.lane).await?;
             held.counted_at = Some(Instant::now());
-            self.waiting = waiting;
-            self.lookahead.keep_held_keys(keys);
+            self.waiting = waiting.count;
+            held.nacked = waiting.nacked;
+            self.lookahead.keep_held_keys(waiting.keys);
         }
         let sent: Vec<i64> = held.in_flight.values().map(|due| due.seq).collect();
         let room = match held.suspects.is_empty() {
@@ -330,14 +404,25 @@ impl<B: Broker> Publishing<'_, B> {
         } else {
             held::due(&mut self.conn, lease.lane, &sent, room).await?
         };
+        // Those of paused topics wait for a word, not for a moment: nothing comes due by itself but nacked ones.
+        let hurry = self.waiting > 0 && (held.nacked > 0 || room == 0 || !due.is_empty() || !held.suspects.is_empty());
         if due.is_empty() && publisher.unconfirmed() == 0 {
             // They wait for their time or were taken care of: the log must not wait for them.
             held.suspects.clear();
+        }
+        let (paused, due): (Vec<Due>, Vec<Due>) =
+            due.into_iter().partition(|due| self.pauses.topic_paused(&due.envelope.message.topic));
+        if !paused.is_empty() {
+            let seqs: Vec<i64> = paused.iter().map(|due| due.seq).collect();
+            pause::hold_paused(&mut self.conn, lease.lane, lease.epoch, &seqs).await?;
         }
         for due in due {
             if due.expired {
                 held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &Reason::Expired).await?;
                 continue;
+            }
+            if !self.lease_is_good() {
+                break;
             }
             let ticket = held.next_ticket;
             held.next_ticket += 1;
@@ -346,7 +431,43 @@ impl<B: Broker> Publishing<'_, B> {
             held.in_flight.insert(ticket, due);
             publisher.publish(ticket, &envelope).await?;
         }
-        held.next_look = Some(Instant::now() + if self.waiting > 0 { HELD_EVERY } else { HELD_IDLE_EVERY });
+        self.send_voids(publisher, held).await?;
+        let soon = hurry || !held.voids.is_empty();
+        held.next_look = Some(Instant::now() + if soon { HELD_EVERY } else { HELD_IDLE_EVERY });
+        Ok(())
+    }
+
+    /// Sets one message of each of a few topics that no queue was bound for to waiting, at a bounded rate; its
+    /// confirm releases the others.
+    async fn probe_unroutable(&mut self, held: &mut Held) -> Result<(), DbError> {
+        let Some(every) = self.options.unroutable_probe else { return Ok(()) };
+        if held.probed_at.is_some_and(|at| at.elapsed() < every) {
+            return Ok(());
+        }
+        let lease = *self.lease.borrow();
+        held.probed_at = Some(Instant::now());
+        if unroutable::probe(&mut self.conn, lease.lane, lease.epoch).await? > 0 {
+            // They are due now, and later ones of their keys wait for them.
+            held.counted_at = None;
+        }
+        Ok(())
+    }
+
+    /// Announces offsets that will not come, a batch at a time.
+    async fn send_voids(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<(), RelayError> {
+        let room = VOID_BATCH.min(publisher.capacity() as i64);
+        if !held.voids.is_empty() || !held.suspects.is_empty() || room == 0 {
+            return Ok(());
+        }
+        let lease = *self.lease.borrow();
+        let voids = void::unsent(&mut self.conn, lease.lane, room).await?;
+        if !voids.is_empty() {
+            failpoints::pass("relay.voids_read");
+        }
+        for (ticket, void) in (VOID_TICKET..).zip(voids) {
+            publisher.publish_void(ticket, &void).await?;
+            held.voids.insert(ticket, void);
+        }
         Ok(())
     }
 }

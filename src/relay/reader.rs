@@ -4,11 +4,11 @@
 //! far publishing has settled.
 
 use super::lookahead::Item;
-use crate::db::{DbError, bounded};
+use crate::db::DbError;
 use crate::failpoints;
-use crate::message::{Envelope, Position};
 use crate::outbox::journal::{self, LogPlace, Plan, PlanRecord, RecordedPlan, Resume};
 use crate::outbox::offsets::Offsets;
+use crate::outbox::source::{self, Change};
 use crate::outbox::window::{self, LogRow};
 use sqlx::PgConnection;
 use std::collections::VecDeque;
@@ -32,18 +32,13 @@ const BUSY_FOR: Duration = Duration::from_millis(250);
 /// moves the place where looks begin.
 const REBASE_NUMBERS: i64 = 5_000;
 const REBASE_SLOW: Duration = Duration::from_millis(20);
-/// After such a pause one more plan is made if transactions were open at the newest one: looks beyond it are dearer.
+/// After such a pause one more plan is made. It records the counters behind the last rows, which the log must keep
+/// until then; and looks beyond a plan at which transactions were open are dearer.
 const TIDY_AFTER: Duration = Duration::from_secs(1);
 /// How often at most.
 const REBASE_EVERY: Duration = Duration::from_secs(1);
-/// How often due messages of the schedule are moved into the log.
-const SCHEDULE_EVERY: Duration = Duration::from_millis(250);
-const SCHEDULE_BATCH: i32 = 500;
-
-const RELEASE_DUE: &str = "select oncebox.outbox_release_due($1)";
-
-/// Every statement of this file, for the test that prepares them all.
-pub(crate) const STATEMENTS: &[&str] = &[RELEASE_DUE];
+/// How often an idle lane looks whether its source is still in force.
+const SOURCE_LOOK: Duration = Duration::from_secs(5);
 
 /// Reads one lane for as long as its lease lasts.
 pub(crate) struct Reader {
@@ -58,6 +53,10 @@ pub(crate) struct Reader {
     read_upto: i64,
     settled: watch::Receiver<LogPlace>,
     pages: mpsc::Sender<Page>,
+    /// The newest plan, for the time after this lease.
+    known: watch::Sender<Option<Plan>>,
+    /// No window is opened any more: the lane moves to a new source once all of them are settled.
+    change: Option<Change>,
 }
 
 /// Messages in log order.
@@ -75,14 +74,17 @@ impl Reader {
         resume: Resume,
         settled: watch::Receiver<LogPlace>,
         pages: mpsc::Sender<Page>,
+        known: watch::Sender<Option<Plan>>,
+        change: Option<Change>,
     ) -> Result<Self, DbError> {
-        let Resume { settled: from, plans, mut offsets } = resume;
+        let Resume { settled: from, plans, mut offsets, .. } = resume;
         let first = plans.front().expect("a resume holds the settled plan").plan.clone();
         let newest = plans.back().expect("a resume holds the newest plan").plan.clone();
         for (topic, count) in window::count_upto(&mut conn, &first, from.seq).await? {
             offsets.skip(&topic, count);
         }
-        Ok(Self { conn, epoch, offsets, ahead: plans, newest, read_upto: from.seq, settled, pages })
+        known.send_replace(Some(newest.clone()));
+        Ok(Self { conn, epoch, offsets, ahead: plans, newest, read_upto: from.seq, settled, pages, known, change })
     }
 
     /// Reads until an error, or until nobody takes the messages any more.
@@ -91,7 +93,7 @@ impl Reader {
         let mut last_row = Instant::now();
         let mut last_plan = Instant::now();
         let mut tidied = false;
-        let mut last_release = None;
+        let mut source_seen = Instant::now();
         loop {
             while let Some(current) = self.ahead.front() {
                 let plan = current.plan.clone();
@@ -112,11 +114,8 @@ impl Reader {
                     self.next_window()?;
                 }
             }
-
-            if self.newest.lane == 0 && last_release.is_none_or(|at: Instant| at.elapsed() >= SCHEDULE_EVERY) {
-                let released = self.release_due().await?;
-                // A full batch: more is due, and is moved after what is in the log has been read.
-                last_release = (released < SCHEDULE_BATCH).then(Instant::now);
+            if let Some(change) = self.change.take() {
+                return self.move_to(change).await;
             }
 
             let looked = Instant::now();
@@ -124,13 +123,19 @@ impl Reader {
             let numbers = probe.q - self.newest.q2;
             let unseen = numbers >= REBASE_NUMBERS || (numbers > 0 && looked.elapsed() >= REBASE_SLOW);
             let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
-            let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER && !self.newest.ended_calm();
+            let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER;
             if probe.found || rebase || tidy {
                 tidied |= tidy;
                 self.open_window(probe.q).await?;
                 last_plan = Instant::now();
             } else if self.pages.is_closed() {
                 return Ok(());
+            } else if source_seen.elapsed() >= SOURCE_LOOK {
+                // An idle lane must move too: until then nothing in the log counts as settled.
+                source_seen = Instant::now();
+                if !journal::source_stands(&mut self.conn, self.newest.source).await? {
+                    return Err(DbError::SourceReplaced { lane: self.newest.lane });
+                }
             } else {
                 tokio::time::sleep(poll_delay(last_row.elapsed())).await;
             }
@@ -138,9 +143,7 @@ impl Reader {
     }
 
     fn place(&mut self, plan: &Plan, row: LogRow) -> Item {
-        let (stream, offset, ordinal) = self.offsets.assign(&row.message.topic);
-        let position = Position { source: plan.source, stream, offset };
-        let envelope = Envelope { message: row.message, position, ordinal };
+        let envelope = self.offsets.place(plan.source, row.message);
         Item { place: row.place, envelope, expires: row.expires }
     }
 
@@ -169,13 +172,26 @@ impl Reader {
         let plan = journal::append(&mut self.conn, self.epoch, &self.newest, &record).await?;
         failpoints::pass("relay.planned");
         self.newest = plan.clone();
+        self.known.send_replace(Some(plan.clone()));
         self.ahead.push_back(RecordedPlan { plan, streams: record.streams, bases: record.bases });
         Ok(())
     }
 
-    async fn release_due(&mut self) -> Result<i32, DbError> {
-        let query = sqlx::query_scalar(RELEASE_DUE).bind(SCHEDULE_BATCH).fetch_one(&mut self.conn);
-        bounded("the schedule", Duration::from_secs(20), query).await
+    /// Moves the lane once everything that was read is settled; the next take-over begins with the new source.
+    async fn move_to(mut self, change: Change) -> Result<(), DbError> {
+        let end = LogPlace { n: self.newest.n + 1, seq: 0 };
+        tokio::select! {
+            settled = self.settled.wait_for(|settled| *settled >= end) => if settled.is_err() { return Ok(()) },
+            () = self.pages.closed() => return Ok(()),
+        }
+        let (lane, window) = (self.newest.lane, self.newest.n);
+        tracing::warn!(lane, window, "everything of the old source is settled; the lane moves");
+        failpoints::pass("relay.source_finished");
+        let (streams, next) = self.offsets.take_keyframe();
+        let rewritten = source::rebase(&mut self.conn, self.epoch, &self.newest, &streams, &next).await?;
+        failpoints::pass("relay.source_moved");
+        tracing::warn!(lane, window = window + 1, source = %change.to, rewritten, "the lane has moved to its new source");
+        Err(DbError::SourceReplaced { lane })
     }
 }
 

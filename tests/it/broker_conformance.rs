@@ -11,7 +11,7 @@ use lapin::{Connection, ConnectionProperties};
 use oncebox::broker::memory::{Fault, MemoryBroker};
 use oncebox::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use oncebox::broker::{Broker, BrokerError, Outcome, Publisher, QueueSpec, Subscription};
-use oncebox::message::{Delivery, Envelope, Message, MessageId, Position, header};
+use oncebox::message::{Delivery, Envelope, Message, MessageId, Position, Void, header};
 use serde_json::json;
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -119,6 +119,7 @@ on_both!(
     only_bound_topics_arrive,
     an_ack_of_an_unknown_delivery_ends_the_session,
     outcomes_may_be_cancelled,
+    void_notices_reach_who_asked_for_them,
 );
 
 fn spec(name: &str, bindings: &[&str]) -> QueueSpec {
@@ -127,6 +128,7 @@ fn spec(name: &str, bindings: &[&str]) -> QueueSpec {
         exchange: EXCHANGE.to_owned(),
         bindings: bindings.iter().map(ToString::to_string).collect(),
         single_active_consumer: false,
+        voids: false,
     }
 }
 
@@ -387,6 +389,42 @@ async fn outcomes_may_be_cancelled(place: &impl Place) {
     tickets.sort_unstable();
     assert_eq!(tickets, (1..=500).collect::<Vec<_>>());
     assert_eq!(publisher.unconfirmed(), 0);
+}
+
+// Goal: a void notice is confirmed, arrives at every queue that asked for them and at no other, whatever their bindings,
+// and says which offset will not come and why; without such a queue it is confirmed and gone.
+async fn void_notices_reach_who_asked_for_them(place: &impl Place) {
+    let void = |offset| Void {
+        position: Position { source: SOURCE, stream: "t#0".to_owned(), offset },
+        topic: "t".to_owned(),
+        message_id: MessageId(Uuid::from_u128(7)),
+        reason: "expired".to_owned(),
+    };
+    let mut all = place.broker().subscribe(&spec("all", &["#"]), 10).await.unwrap();
+    let mut publisher = place.broker().publisher(EXCHANGE).await.unwrap();
+    let mut outcomes = Vec::new();
+    publisher.publish_void(1, &void(1)).await.unwrap();
+    while outcomes.is_empty() {
+        soon("an outcome", publisher.outcomes(&mut outcomes)).await.unwrap();
+    }
+    let asking = QueueSpec { voids: true, ..spec("asking", &["other"]) };
+    let mut asking = place.broker().subscribe(&asking, 10).await.unwrap();
+    let mut second = place.broker().subscribe(&QueueSpec { voids: true, ..spec("second", &["t"]) }, 10).await.unwrap();
+    publisher.publish_void(2, &void(2)).await.unwrap();
+    publisher.publish(3, &envelope("t", 3)).await.unwrap();
+    while outcomes.len() < 3 {
+        soon("an outcome", publisher.outcomes(&mut outcomes)).await.unwrap();
+    }
+    outcomes.sort_by_key(|(ticket, _)| *ticket);
+    assert_eq!(outcomes, [1, 2, 3].map(|ticket| (ticket, Outcome::Confirmed)));
+    let notice = receive(&mut asking, 1).await.remove(0);
+    assert_eq!((notice.void(), notice.position()), (Some("expired"), Some(void(2).position)));
+    assert_eq!((notice.message_id, notice.topic.as_str()), (Some(Uuid::from_u128(7).to_string()), "t"));
+    assert_eq!((notice.content_type.as_deref(), notice.body.as_slice()), (Some("application/json"), &b"{}"[..]));
+    let both = receive(&mut second, 2).await;
+    assert_eq!((both[0].void(), both[1].void()), (Some("expired"), None));
+    assert_eq!(numbers(&receive(&mut all, 1).await), [3], "a void notice among the messages");
+    assert!(asking.next().now_or_never().is_none());
 }
 
 // Goal: the wire is the contract's, also for consumers that do not use this crate.

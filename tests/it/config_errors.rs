@@ -240,6 +240,7 @@ async fn topology_that_differs() {
         exchange: "oncebox".to_owned(),
         bindings: vec![],
         single_active_consumer: false,
+        voids: false,
     };
     broker.subscribe(&queue, 1).await.unwrap().close().await;
     let consume = lab.config(&format!("{CONSUMER}queue = \"taken\"\n"));

@@ -354,10 +354,12 @@ impl InProcess {
         let mut options = ConsumerOptions {
             name: "shop".to_owned(),
             database_url: lab.database_url.clone(),
+            outbox_url: Some(lab.database_url.clone()),
             queue: "shop".to_owned(),
             exchange: "oncebox".to_owned(),
             bindings: vec!["order.*".to_owned()],
             concurrency: 2,
+            batch: 1,
             max_attempts: 5,
             order: Order::Key,
             backoff: Backoff { initial: Duration::from_millis(20), cap: Duration::from_millis(50) },
@@ -552,6 +554,7 @@ async fn returned_messages_are_put_in_order() {
         exchange: "oncebox".to_owned(),
         bindings: vec!["order.#".to_owned()],
         single_active_consumer: true,
+        voids: false,
     };
     let broker = broker(&lab);
     let mut first = broker.subscribe(&queue, 4).await.expect("subscribes");

@@ -54,7 +54,9 @@ async fn die_at(failpoint: &str, hit: u32) {
             from generate_series({from}, {to}) as i"
         )
     };
-    let (first, second) = (publish(1, COUNT / 2), publish(COUNT / 2 + 1, COUNT));
+    // One that never reaches the broker is announced as void.
+    let expired = "; select oncebox.publish('order.placed', '{}', expires_at => clock_timestamp())";
+    let (first, second) = (publish(1, COUNT / 2) + expired, publish(COUNT / 2 + 1, COUNT));
     if failpoint.starts_with("relay.") {
         let mut doomed = armed(&lab, &["relay"], failpoint, hit);
         doomed.wait_for_log("relay started").await;
@@ -65,6 +67,9 @@ async fn die_at(failpoint: &str, hit: u32) {
             (planned || doomed.log().contains("failpoint")).then_some(())
         })
         .await;
+        if failpoint.starts_with("relay.source_") {
+            lab.sql("select oncebox.outbox_renew_source('a crash on the way to it')").await;
+        }
         lab.sql(&second).await;
         if failpoint == "relay.before_release" {
             doomed.wait_for_log("lane resumed").await;
@@ -89,7 +94,9 @@ async fn die_at(failpoint: &str, hit: u32) {
     let mut conn = lab.connect().await;
     eventually_number(&mut conn, "select count(*) from shop.effect", routed).await;
     eventually_number(&mut conn, "select count(*) from oncebox.inbox_held", 0).await;
-    eventually_number(&mut conn, "select count(*) from oncebox.outbox_held where state = 'parked'", COUNT / 40).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_held where state = 'parked'", COUNT / 40 + 1)
+        .await;
+    eventually_number(&mut conn, "select count(*) from oncebox.outbox_void", 0).await;
     let rows: Vec<(String, i64)> =
         sqlx::query_as("select key, number from shop.effect order by n").fetch_all(&mut conn).await.expect("reads");
     let mut effects: HashMap<String, Vec<i64>> = HashMap::new();
@@ -107,9 +114,12 @@ async fn die_at(failpoint: &str, hit: u32) {
 /// Goal: as the file says, for every point there is, at its first and at a later pass.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crash_at_any_step_loses_doubles_and_reorders_nothing() {
-    for failpoint in failpoints::ALL {
+    // A handler that fails so often ends most batches: `batches` has one for those.
+    for failpoint in failpoints::ALL.iter().filter(|point| !point.starts_with("consumer.batch_")) {
         // These are passed once in a process.
-        let once = matches!(*failpoint, "relay.lease_taken" | "relay.before_release" | "relay.held");
+        let once =
+            matches!(*failpoint, "relay.lease_taken" | "relay.before_release" | "relay.held" | "relay.voids_read")
+                || failpoint.starts_with("relay.source_");
         for hit in if once { &[1][..] } else { &[1, 2][..] } {
             die_at(failpoint, *hit).await;
         }
@@ -120,13 +130,10 @@ async fn a_crash_at_any_step_loses_doubles_and_reorders_nothing() {
 #[test]
 fn every_point_is_in_the_code() {
     let mut found: Vec<String> = Vec::new();
-    for room in ["relay", "consumer"] {
-        for file in std::fs::read_dir(format!("{}/src/{room}", env!("CARGO_MANIFEST_DIR"))).expect("the sources") {
-            let text = std::fs::read_to_string(file.expect("a file").path()).expect("readable");
-            found.extend(
-                text.split("failpoints::pass(\"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())),
-            );
-        }
+    for (_, text) in crate::statements::sources().iter().filter(|(file, _)| file != "src/failpoints.rs") {
+        found.extend(
+            text.split("failpoints::pass(\"").skip(1).filter_map(|rest| Some(rest.split_once('"')?.0.to_owned())),
+        );
     }
     let mut listed: Vec<&str> = failpoints::ALL.to_vec();
     found.sort_unstable();

@@ -414,20 +414,6 @@ async fn settled_windows_are_not_read_again() {
     assert_eq!(tap.read(30).await.duplicates(), 0, "{}", again.log());
 }
 
-/// Goal: a database that was restored elsewhere, its transaction ids moved backwards, is said loudly: its new rows would
-/// look like old ones.
-#[tokio::test]
-async fn transaction_ids_that_moved_backwards_are_noticed() {
-    let lab = Lab::shared().await;
-    lab.sql("insert into oncebox.outbox_plan (lane, n, source, s1, p1, q1, s2, p2, q2, q_top, settled_n, settled_seq, keyframe,
-            streams, bases, planned_at)
-        select lane, 1, source, s2, p2, q2, '9000000000:9000000000:', '9000000001', 0, 0, 0, 0, false, '{}', '{}', now()
-        from oncebox.outbox_plan")
-    .await;
-    let relay = lab.spawn(&["relay"]);
-    relay.wait_for_log("transaction ids have moved backwards").await;
-}
-
 /// Goal: a database that answers nothing is noticed within the lease's term; nothing is published meanwhile, and
 /// everything is after it answers again.
 #[tokio::test]

@@ -5,6 +5,7 @@
 //! that failed stays failed; who opened it opens another. Queues are declared here, never changed or deleted.
 
 mod flight;
+mod inspect;
 mod publisher;
 mod session;
 mod subscription;
@@ -12,6 +13,7 @@ mod wire;
 
 pub(crate) use wire::properties;
 
+pub use inspect::{Found, Inspection};
 pub use publisher::RabbitPublisher;
 pub use subscription::RabbitSubscription;
 

@@ -4,9 +4,10 @@
 
 use super::flight::{Flight, Written};
 use super::session::{self, Session};
-use super::{RabbitMq, short, wire};
-use crate::broker::{BrokerError, Outcome, Publisher};
-use crate::message::Envelope;
+use super::wire::{self, Place};
+use super::{RabbitMq, short};
+use crate::broker::{BrokerError, Outcome, Publisher, void_exchange};
+use crate::message::{Envelope, Void};
 use futures_util::Stream;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::ShortString;
@@ -48,6 +49,7 @@ pub struct RabbitPublisher {
     events: Pin<Box<dyn Stream<Item = Event> + Send>>,
     session: Session,
     exchange: ShortString,
+    void_exchange: ShortString,
     max_unconfirmed: usize,
     confirm_timeout: Duration,
     /// Waits are counted from here at the earliest: the last moment the broker had the session blocked.
@@ -113,7 +115,7 @@ impl RabbitPublisher {
         let session = Session::open(broker).await?;
         let events = Box::pin(session.connection().events_listener());
         let channel = session.connection().create_channel().await.map_err(|error| session::lost(&error))?;
-        session::declare_exchange(broker, &channel, exchange).await?;
+        session::declare_exchanges(broker, &channel, exchange).await?;
         let confirm = channel.confirm_select(ConfirmSelectOptions::default());
         confirm.await.map_err(|error| session::lost(&error))?;
         Ok(Self {
@@ -123,6 +125,7 @@ impl RabbitPublisher {
             events,
             session,
             exchange: short("exchange", exchange)?,
+            void_exchange: short("exchange", &void_exchange(exchange))?,
             max_unconfirmed: broker.options.max_unconfirmed.max(1),
             confirm_timeout: broker.options.confirm_timeout,
             clock_starts_at: Instant::now(),
@@ -276,6 +279,31 @@ impl RabbitPublisher {
     }
 }
 
+impl RabbitPublisher {
+    /// Hands a message to lapin, and waits while too much is ahead of the socket.
+    async fn send<W>(
+        &mut self,
+        ticket: u64,
+        place: Place,
+        bytes: usize,
+        write: impl FnOnce(Arc<Channel>) -> W,
+    ) -> Result<(), BrokerError>
+    where
+        W: Future<Output = Result<PublisherConfirm, Error>> + Send + 'static,
+    {
+        let writing = Box::pin(write(Arc::clone(&self.channel)));
+        let number = self.flight.board(ticket, place);
+        let mut write = Write { number, bytes, writing, written: None };
+        // The first poll hands the message to lapin; that it is written shows later.
+        write.is_done(&mut Context::from_waker(Waker::noop()));
+        self.writes.push(write);
+        if self.writes.queue.len() > WRITE_AHEAD || self.writes.bytes > WRITE_AHEAD_BYTES {
+            poll_fn(|cx| self.poll_room(cx)).await?;
+        }
+        Ok(())
+    }
+}
+
 impl Publisher for RabbitPublisher {
     fn capacity(&self) -> usize {
         if self.writes.bytes >= BLOCKED_LIMIT_BYTES {
@@ -298,24 +326,23 @@ impl Publisher for RabbitPublisher {
             return Err(error.clone());
         }
         let (message, position) = (&envelope.message, &envelope.position);
+        let place = (position.source, position.stream.clone(), position.offset);
         let properties = wire::properties(envelope).map_err(|error| self.fail(error))?;
         let topic = wire::short(&message.topic).map_err(|error| self.fail(error))?;
-        let channel = Arc::clone(&self.channel);
         let (exchange, body) = (self.exchange.clone(), message.body.clone());
-        let number = self.flight.board(ticket, (position.source, position.stream.clone(), position.offset));
-        let mut write = Write {
-            number,
-            bytes: body.len(),
-            writing: Box::pin(publish(channel, exchange, topic, body, properties)),
-            written: None,
-        };
-        // The first poll hands the message to lapin; that it is written shows later.
-        write.is_done(&mut Context::from_waker(Waker::noop()));
-        self.writes.push(write);
-        if self.writes.queue.len() > WRITE_AHEAD || self.writes.bytes > WRITE_AHEAD_BYTES {
-            poll_fn(|cx| self.poll_room(cx)).await?;
+        self.send(ticket, place, body.len(), |channel| publish(channel, exchange, topic, true, body, properties)).await
+    }
+
+    async fn publish_void(&mut self, ticket: u64, void: &Void) -> Result<(), BrokerError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
         }
-        Ok(())
+        // No message's place: a return of the message itself, sent after all, must not be taken for the notice's.
+        let place = (void.position.source, void.position.stream.clone(), -void.position.offset);
+        let properties = wire::void_properties(void).map_err(|error| self.fail(error))?;
+        let topic = wire::short(&void.topic).map_err(|error| self.fail(error))?;
+        let (exchange, body) = (self.void_exchange.clone(), b"{}".to_vec());
+        self.send(ticket, place, body.len(), |channel| publish(channel, exchange, topic, false, body, properties)).await
     }
 
     async fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> Result<(), BrokerError> {
@@ -331,9 +358,10 @@ async fn publish(
     channel: Arc<Channel>,
     exchange: ShortString,
     topic: ShortString,
+    mandatory: bool,
     body: Vec<u8>,
     properties: lapin::BasicProperties,
 ) -> Result<PublisherConfirm, Error> {
-    let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+    let options = BasicPublishOptions { mandatory, ..BasicPublishOptions::default() };
     channel.basic_publish(exchange, topic, options, &body, properties).await
 }

@@ -1,7 +1,7 @@
 //! One connection: opening it, ending it whatever the broker does, and what its errors mean.
 
 use super::{RabbitMq, short};
-use crate::broker::BrokerError;
+use crate::broker::{BrokerError, void_exchange};
 use futures_util::io::{AsyncReadExt, AsyncWriteExt};
 use lapin::options::ExchangeDeclareOptions;
 use lapin::tcp::{AsyncTcpStream, TLSConfig};
@@ -119,16 +119,26 @@ pub(super) async fn in_time<T>(
     }
 }
 
-/// Declares the durable topic exchange, or finds it as it should be.
-pub(super) async fn declare_exchange(broker: &RabbitMq, channel: &Channel, exchange: &str) -> Result<(), BrokerError> {
+/// Declares the durable topic exchange and the one for void notices, or finds them as they should be.
+pub(super) async fn declare_exchanges(broker: &RabbitMq, channel: &Channel, exchange: &str) -> Result<(), BrokerError> {
+    declare_exchange(broker, channel, exchange, ExchangeKind::Topic).await?;
+    declare_exchange(broker, channel, &void_exchange(exchange), ExchangeKind::Fanout).await
+}
+
+/// Declares a durable exchange, or finds it as it should be.
+pub(super) async fn declare_exchange(
+    broker: &RabbitMq,
+    channel: &Channel,
+    name: &str,
+    kind: ExchangeKind,
+) -> Result<(), BrokerError> {
     let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    channel
-        .exchange_declare(short("exchange", exchange)?, ExchangeKind::Topic, options, FieldTable::default())
-        .await
-        .map_err(|error| {
-            let mend = "delete it, or declare it as a durable topic exchange without arguments";
-            topology(broker, "exchange", exchange, mend, &error)
-        })
+    let kind_name = if kind == ExchangeKind::Fanout { "fanout" } else { "topic" };
+    let declared = channel.exchange_declare(short("exchange", name)?, kind, options, FieldTable::default()).await;
+    declared.map_err(|error| {
+        let mend = format!("delete it, or declare it as a durable {kind_name} exchange without arguments");
+        topology(broker, "exchange", name, &mend, &error)
+    })
 }
 
 /// What a refused declaration means: the resource is otherwise, or we may not touch it.

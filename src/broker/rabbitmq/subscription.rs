@@ -2,7 +2,7 @@
 
 use super::session::{self, Session};
 use super::{RabbitMq, short, wire};
-use crate::broker::{BrokerError, QueueSpec, Subscription};
+use crate::broker::{BrokerError, QueueSpec, Subscription, void_exchange};
 use crate::message::Delivery;
 use futures_util::StreamExt;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
@@ -33,14 +33,19 @@ impl RabbitSubscription {
         let session = Session::open(broker).await?;
         let lost = |error: lapin::Error| session::lost(&error);
         let channel = session.connection().create_channel().await.map_err(lost)?;
-        session::declare_exchange(broker, &channel, &spec.exchange).await?;
+        session::declare_exchanges(broker, &channel, &spec.exchange).await?;
         declare_queue(broker, &channel, spec, major).await?;
         let (queue, exchange) = (short("queue", &spec.name)?, short("exchange", &spec.exchange)?);
+        // Void notices first: none may be missed for a stream whose messages come.
+        let voids = spec.voids.then(|| short("exchange", &void_exchange(&spec.exchange))).transpose()?;
+        let mut bindings: Vec<_> = voids.map(|exchange| (exchange, ShortString::from(""))).into_iter().collect();
         for pattern in &spec.bindings {
-            let (queue, pattern) = (queue.clone(), short("binding", pattern)?);
+            bindings.push((exchange.clone(), short("binding", pattern)?));
+        }
+        for (exchange, pattern) in bindings {
             let bind = channel.queue_bind(
-                queue,
-                exchange.clone(),
+                queue.clone(),
+                exchange,
                 pattern,
                 QueueBindOptions::default(),
                 FieldTable::default(),
@@ -124,7 +129,12 @@ impl Subscription for RabbitSubscription {
     }
 }
 
-async fn declare_queue(broker: &RabbitMq, channel: &Channel, spec: &QueueSpec, major: u32) -> Result<(), BrokerError> {
+pub(super) async fn declare_queue(
+    broker: &RabbitMq,
+    channel: &Channel,
+    spec: &QueueSpec,
+    major: u32,
+) -> Result<(), BrokerError> {
     let mut arguments = FieldTable::default();
     let mut asked = vec!["x-queue-type=quorum"];
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));

@@ -1,7 +1,7 @@
 //! Messages as AMQP properties and headers, and back.
 
 use crate::broker::BrokerError;
-use crate::message::{Delivery, Envelope, Headers, header};
+use crate::message::{Delivery, Envelope, Headers, Void, header};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, ShortString};
 use serde_json::{Number, Value};
@@ -38,6 +38,26 @@ pub(crate) fn properties(envelope: &Envelope) -> Result<BasicProperties, BrokerE
         .with_message_id(short(&message.id.to_string())?)
         .with_timestamp(message.published_at_s)
         .with_type(short(&message.topic)?)
+        .with_app_id(short(&source)?))
+}
+
+/// The properties and headers of a void notice.
+///
+/// # Errors
+/// As [`properties`].
+pub(super) fn void_properties(void: &Void) -> Result<BasicProperties, BrokerError> {
+    let source = void.position.source.to_string();
+    let mut headers = FieldTable::default();
+    headers.insert(header::SOURCE.into(), AMQPValue::LongString(source.as_str().into()));
+    headers.insert(header::STREAM.into(), AMQPValue::LongString(void.position.stream.as_str().into()));
+    headers.insert(header::OFFSET.into(), AMQPValue::LongLongInt(void.position.offset));
+    headers.insert(header::VOID.into(), AMQPValue::LongString(void.reason.as_str().into()));
+    Ok(BasicProperties::default()
+        .with_content_type(short("application/json")?)
+        .with_headers(headers)
+        .with_delivery_mode(PERSISTENT)
+        .with_message_id(short(&void.message_id.to_string())?)
+        .with_type(short(&void.topic)?)
         .with_app_id(short(&source)?))
 }
 

@@ -4,6 +4,7 @@
 //! those that kill or freeze a server get their own ([`Lab::own`]). Everything goes when the test, or the whole test
 //! process, ends however it ends.
 
+pub mod endpoint;
 pub mod process;
 pub mod proxy;
 pub mod rabbit;
@@ -89,6 +90,14 @@ impl Lab {
         let dir = folder("own");
         let postgres = Postgres::start(&dir, options).await.expect("Postgres starts");
         let rabbit = Rabbit::start(&dir, RabbitOptions::default()).await.expect("RabbitMQ starts");
+        Self::on(postgres, rabbit).await
+    }
+
+    /// On the shared Postgres and a RabbitMQ of its own with the management API.
+    pub async fn with_management() -> Self {
+        let postgres = Postgres::attach(shared_nodes()).await.expect("the shared Postgres runs");
+        let options = RabbitOptions { management: true, ..RabbitOptions::default() };
+        let rabbit = Rabbit::start(&folder("managed"), options).await.expect("RabbitMQ starts");
         Self::on(postgres, rabbit).await
     }
 

@@ -39,6 +39,11 @@ impl Process {
         }
     }
 
+    /// Its pid.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// SIGKILL, and the child is gone.
     pub fn kill9(&mut self) {
         let _ = self.child.kill();

@@ -30,6 +30,7 @@ impl Tap {
                 exchange: "oncebox".to_owned(),
                 bindings: bindings.iter().map(|binding| binding.to_string()).collect(),
                 single_active_consumer: false,
+                voids: false,
             },
         };
         tap.broker.subscribe(&tap.queue, 1).await.expect("the tap is declared").close().await;

@@ -1,0 +1,102 @@
+//! Keeps the ledger up to date and the inbox within its window.
+//!
+//! Every step is one call of a function in a transaction of its own, so a janitor that dies or freezes between two
+//! leaves nothing half-done and no lock behind.
+
+use crate::backoff::Backoff;
+use crate::db::{self, DbError, SessionOptions};
+use crate::inbox::ledger;
+use sqlx::PgConnection;
+use std::time::{Duration, Instant};
+use tokio_util::sync::CancellationToken;
+
+/// Longest fold or step of clearing: the first fold of an inbox that has never been folded takes all of it.
+const LIMIT: Duration = Duration::from_secs(600);
+/// Pause between folds: the audit is behind by this much at most.
+const FOLD_EVERY: Duration = Duration::from_secs(1);
+/// Pause between looks for what the window has passed. Days pass slowly; the plain leaf's rows go every minute.
+const CLEAR_EVERY: Duration = Duration::from_secs(60);
+/// Rows forgotten at a time: a transaction of some ten milliseconds.
+const CLEAR_BATCH: i32 = 10_000;
+/// Steps of clearing in a row, so that arrears do not keep folds waiting for long.
+const CLEAR_STEPS: u32 = 20;
+/// Delay after an error.
+const ERROR_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(500), cap: Duration::from_secs(30) };
+
+/// How a janitor of the inbox runs.
+#[derive(Debug, Clone)]
+pub struct InboxJanitorOptions {
+    /// Where the inbox is.
+    pub database_url: String,
+}
+
+/// Folds and clears until `shutdown` is cancelled. Errors are logged and everything is tried again: what the janitor
+/// leaves undone costs space and the audit's freshness, never effects.
+pub async fn run(options: InboxJanitorOptions, shutdown: CancellationToken) {
+    let mut clear_at = Instant::now();
+    let mut conn = None;
+    let mut failures = 0;
+    while !shutdown.is_cancelled() {
+        let round = async {
+            let mut session = match conn.take() {
+                Some(session) => session,
+                None => connect(&options).await?,
+            };
+            round(&mut session, &mut clear_at).await?;
+            // Only a session that had no error is used again.
+            conn = Some(session);
+            Ok::<_, DbError>(())
+        };
+        let pause = tokio::select! {
+            result = round => match result {
+                Ok(()) => {
+                    failures = 0;
+                    FOLD_EVERY
+                }
+                Err(error) => {
+                    failures += 1;
+                    let delay = ERROR_BACKOFF.jittered(failures);
+                    tracing::warn!(%error, ?delay, "the inbox was not folded; it is tried again");
+                    delay
+                }
+            },
+            // A statement that is cut off ends in the server, or does nothing.
+            () = shutdown.cancelled() => return,
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+    if let Some(conn) = conn {
+        db::close(conn).await;
+    }
+}
+
+async fn connect(options: &InboxJanitorOptions) -> Result<PgConnection, DbError> {
+    let session = SessionOptions {
+        application_name: "oncebox janitor",
+        statement_timeout: LIMIT,
+        idle_timeout: db::IDLE_TIMEOUT,
+        index_scans_only: false,
+    };
+    db::connect(&options.database_url, session).await
+}
+
+async fn round(conn: &mut PgConnection, clear_at: &mut Instant) -> Result<(), DbError> {
+    let rows = db::bounded("a fold of the inbox", LIMIT, ledger::fold(conn)).await?;
+    if rows > 0 {
+        tracing::debug!(rows, "folded");
+    }
+    if Instant::now() < *clear_at {
+        return Ok(());
+    }
+    for _ in 0..CLEAR_STEPS {
+        if !db::bounded("clearing the inbox", LIMIT, ledger::clear(conn, CLEAR_BATCH)).await? {
+            *clear_at = Instant::now() + CLEAR_EVERY;
+            return Ok(());
+        }
+        tracing::debug!("forgot rows that the dedup window has passed");
+    }
+    Ok(())
+}

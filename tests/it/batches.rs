@@ -1,0 +1,215 @@
+//! Goal: messages that share a transaction are each applied exactly once and in the order of their key, whatever ends
+//! it, and the failure of one touches no other; and sharing is what makes them fast.
+
+use crate::support::{Lab, Process, connect, eventually, eventually_number};
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+/// Effects are numbered in the order in which they were written. `bad` fails, `late` fails at the commit, `slow` runs
+/// too long. A row of `shop.call` is a failure's trace only if it was not rolled back.
+const SCHEMA: &str = "
+    create schema shop;
+    create table shop.effect (
+        n bigserial primary key, key text, number bigint, xid bigint default pg_current_xact_id()::text::bigint);
+    create table shop.parent (id bigint primary key);
+    create table shop.child (parent bigint references shop.parent deferrable initially deferred);
+    create table shop.hot (id bigint primary key, total bigint not null default 0);
+    insert into shop.hot (id) select generate_series(0, 9);
+    create function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
+    language plpgsql as $$
+    begin
+        insert into shop.effect (key, number) values (headers ->> 'oncebox-key', (payload ->> 'n')::bigint);
+        if payload ? 'bad' then raise exception 'a bad message'; end if;
+        if payload ? 'late' then insert into shop.child values (7); end if;
+        if payload ? 'slow' then perform pg_sleep(60); end if;
+        if payload ? 'hot' then update shop.hot set total = total + 1 where id = (payload ->> 'hot')::bigint; end if;
+    end
+    $$;";
+
+fn config(extra: &str) -> String {
+    format!(
+        "[[consumer]]\nname = \"shop\"\nbindings = [\"order.#\"]\nhandler = {{ sql = \"shop.on_message\" }}\n\
+         backoff_initial = \"20ms\"\nbackoff_cap = \"50ms\"\nmax_attempts = 2\nbatch = 100\n{extra}"
+    )
+}
+
+/// Publishes numbers over `keys` keys, with something extra in the payload of one of them.
+async fn publish(lab: &Lab, from: i64, to: i64, keys: i64, special: (i64, &str)) {
+    lab.sql(&format!(
+        "select oncebox.publish('order.placed', jsonb_build_object('n', i)
+            || case when i = {} then '{}'::jsonb else '{{}}' end, key => 'k' || i % {keys})
+        from generate_series({from}, {to}) as i",
+        special.0, special.1
+    ))
+    .await;
+}
+
+async fn effects(lab: &Lab) -> HashMap<String, Vec<i64>> {
+    let rows: Vec<(String, i64)> = sqlx::query_as("select key, number from shop.effect order by n")
+        .fetch_all(&mut connect(&lab.database_url).await)
+        .await
+        .unwrap();
+    let mut effects: HashMap<String, Vec<i64>> = HashMap::new();
+    for (key, number) in rows {
+        effects.entry(key).or_default().push(number);
+    }
+    effects
+}
+
+/// Every number but `missing` once, in order within its key.
+fn assert_in_order(mut effects: HashMap<String, Vec<i64>>, count: i64, keys: i64, missing: i64) {
+    for key in 0..keys {
+        let expected: Vec<i64> = (1..=count).filter(|n| n % keys == key && *n != missing).collect();
+        assert_eq!(effects.remove(&format!("k{key}")).unwrap_or_default(), expected, "key k{key}");
+    }
+}
+
+/// The number of effects that share a transaction with others.
+const SHARED: &str = "select coalesce(sum(c), 0)::bigint
+    from (select count(*) as c from shop.effect group by xid having count(*) > 1) as t";
+
+/// Publishes everything before the consumer takes its queue up, so that it meets full batches.
+async fn with_backlog(lab: &Lab, config: &str, count: i64, keys: i64, special: (i64, &str)) -> (Process, Process) {
+    lab.sql(SCHEMA).await;
+    let path = lab.config(config);
+    lab.consume(&path).await.stop().await;
+    let relay = lab.relay().await;
+    publish(lab, 1, count, keys, special).await;
+    queue_holds(lab, count).await;
+    (relay, lab.consume(&path).await)
+}
+
+async fn queue_holds(lab: &Lab, count: i64) {
+    let line = format!("shop\t{count}");
+    eventually("the queue is full", async || {
+        let list = ["list_queues", "-p", &lab.name, "--quiet", "--no-table-headers", "name", "messages_ready"];
+        let listing = lab.rabbit.ctl(&list).await.expect("rabbitmqctl answers");
+        listing.lines().any(|found| found.trim() == line).then_some(())
+    })
+    .await;
+}
+
+/// Goal: most messages of a backlog share their transaction with others, and keep the order they came in, also those
+/// of one key within a batch.
+#[tokio::test]
+async fn a_backlog_is_applied_in_batches_and_in_order() {
+    let lab = Lab::shared().await;
+    let _running = with_backlog(&lab, &config(""), 2_000, 3, (0, "{}")).await;
+    eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", 2_000).await;
+    assert_in_order(effects(&lab).await, 2_000, 3, 0);
+    let shared = lab.number(SHARED).await;
+    assert!(shared > 1_500, "only {shared} of 2,000 effects share a transaction");
+}
+
+/// What a failing message in the middle of a backlog leaves behind.
+async fn one_fails(special: &str, extra: &str, parked: &str) {
+    let lab = Lab::shared().await;
+    let (count, keys, bad) = (400, 4, 101);
+    let _running = with_backlog(&lab, &config(extra), count, keys, (bad, special)).await;
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from oncebox.inbox_held where state = 'parked'", 1).await;
+    eventually_number(&mut conn, "select count(*) from shop.effect", count - 1).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.inbox_held", 1).await;
+    assert_in_order(effects(&lab).await, count, keys, bad);
+    let found: (String, String, i32) = sqlx::query_as("select reason, last_error, attempts from oncebox.inbox_held")
+        .fetch_one(&mut conn)
+        .await
+        .unwrap();
+    assert_eq!((found.0.as_str(), found.2), ("too_many_attempts", 2));
+    assert!(found.1.contains(parked), "{}", found.1);
+    assert!(lab.number(SHARED).await > count / 4, "nothing was shared: the test shows nothing");
+}
+
+/// Goal: one failing message among many: it alone is held and parked, its key's later ones wait for that and go on in
+/// order, all others are applied once.
+#[tokio::test]
+async fn one_failing_message_touches_no_other() {
+    one_fails("{\"bad\": 1}", "", "a bad message").await;
+}
+
+/// Goal: the same when it fails only at the commit of them all.
+#[tokio::test]
+async fn one_that_fails_at_the_commit_touches_no_other() {
+    one_fails("{\"late\": 1}", "", "foreign key").await;
+}
+
+/// Goal: the same when it runs too long.
+#[tokio::test]
+async fn one_that_runs_too_long_touches_no_other() {
+    one_fails("{\"slow\": 1}", "handler_timeout = \"500ms\"\n", "statement timeout").await;
+}
+
+/// Goal: without order, two processes whose messages touch the same few rows in different orders do not end each
+/// other: no batch is rolled back for a deadlock, and every effect is there once.
+#[tokio::test]
+async fn processes_that_share_rows_do_not_deadlock() {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    let path = lab.config(&config("order = \"none\"\n"));
+    let consumers = [lab.consume(&path).await, lab.consume(&path).await];
+    let _relay = lab.relay().await;
+    let count = 6_000;
+    lab.sql(&format!(
+        "select oncebox.publish('order.placed',
+            jsonb_build_object('n', i, 'hot', ('x' || substr(md5(i::text), 1, 6))::bit(24)::int % 10))
+        from generate_series(1, {count}) as i"
+    ))
+    .await;
+    let mut conn = lab.connect().await;
+    eventually_number(&mut conn, "select count(*) from shop.effect", count).await;
+    assert_eq!(lab.number("select sum(total)::bigint from shop.hot").await, count);
+    assert_eq!(lab.number("select count(distinct number) from shop.effect").await, count);
+    assert!(lab.number(SHARED).await > count / 2, "nothing was shared: the test shows nothing");
+    for consumer in &consumers {
+        assert!(!consumer.log().contains("deadlock"), "{}", consumer.log());
+    }
+}
+
+/// Goal: a consumer that dies before, in or after the commit of a batch, again and again, loses, doubles and reorders
+/// nothing.
+#[tokio::test]
+async fn a_crash_around_a_batch_loses_doubles_and_reorders_nothing() {
+    for point in ["consumer.batch_accepted", "consumer.batch_handled", "consumer.batch_committed"] {
+        let lab = Lab::shared().await;
+        lab.sql(SCHEMA).await;
+        let path = lab.config(&config(""));
+        lab.consume(&path).await.stop().await;
+        let _relay = lab.relay().await;
+        let (count, keys) = (1_500, 7);
+        publish(&lab, 1, count, keys, (0, "{}")).await;
+        queue_holds(&lab, count).await;
+        for hit in [1, 3] {
+            let mut command = lab.command(&["consume", "--config", &path]);
+            command.env("ONCEBOX_FAILPOINT", format!("{point}={hit}"));
+            let mut doomed = Process::spawn(command);
+            doomed.end().await;
+            assert!(doomed.log().contains(&format!("failpoint {point}")), "{}", doomed.log());
+        }
+        let _consumer = lab.consume(&path).await;
+        eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", count).await;
+        eventually_number(&mut lab.connect().await, "select count(*) from oncebox.inbox_held", 0).await;
+        assert_in_order(effects(&lab).await, count, keys, 0);
+    }
+}
+
+/// Goal: a slow handler is not slowed down further: its messages run side by side after a few, in the order of their
+/// keys.
+#[tokio::test]
+async fn slow_handlers_run_side_by_side() {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    lab.sql("create or replace function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
+        language sql as $$ select pg_sleep(0.05);
+            insert into shop.effect (key, number) values ($4 ->> 'oncebox-key', ($3 ->> 'n')::bigint) $$")
+    .await;
+    let path = lab.config(&config(""));
+    let _consumer = lab.consume(&path).await;
+    let _relay = lab.relay().await;
+    let (count, keys) = (400, 40);
+    let began = Instant::now();
+    publish(&lab, 1, count, keys, (0, "{}")).await;
+    eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", count).await;
+    // One after the other they take 20 s.
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+    assert_in_order(effects(&lab).await, count, keys, 0);
+}
