@@ -39,6 +39,9 @@ const PREFETCH_PER_WORKER: usize = 16;
 /// Delay before a new subscription, or a new look after the database failed.
 const RECONNECT_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
 
+/// Longest look at waiting deliveries, or at where streams begin.
+const LOOK_LIMIT: Duration = Duration::from_secs(10);
+
 /// Which order effects keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {

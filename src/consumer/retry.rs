@@ -6,7 +6,7 @@
 //! than once if only one attempt is allowed: its first delivery, and the first run beside others, blame nobody.
 
 use super::worker::{Failure, MARGIN, Worker, accept_error, commit_failure, run, within};
-use super::{ConsumerOptions, Job, Order, RECONNECT_BACKOFF, Shared, stream, worker_of};
+use super::{ConsumerOptions, Job, LOOK_LIMIT, Order, RECONNECT_BACKOFF, Shared, stream, worker_of};
 use crate::db::{self, DbError};
 use crate::failpoints;
 use crate::inbox;
@@ -20,8 +20,6 @@ use uuid::Uuid;
 
 /// How often waiting deliveries are looked at.
 const RETRY_LOOK: Duration = Duration::from_millis(200);
-/// Longest look for waiting deliveries.
-pub(super) const LOOK_LIMIT: Duration = Duration::from_secs(10);
 /// For how long after its start a run is left to the process that began it; from then on only the lock of its
 /// transaction protects it. Longer than a process that lost the database needs to go on.
 pub(super) const LEASE: Duration = Duration::from_secs(5);

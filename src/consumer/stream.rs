@@ -3,8 +3,7 @@
 //! A queue bound to a stream of which much was published before must not wait for that. So once it is bound, and
 //! before the first delivery is looked at, the outbox is asked how far each stream has come.
 
-use super::retry::LOOK_LIMIT;
-use super::{ConsumerOptions, Order, RECONNECT_BACKOFF};
+use super::{ConsumerOptions, LOOK_LIMIT, Order, RECONNECT_BACKOFF};
 use crate::db::{self, DbError};
 use crate::inbox::held::{Due, Reason};
 use crate::inbox::{self, Received, Reception, held, stream};

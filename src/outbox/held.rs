@@ -147,7 +147,7 @@ const DUE: &str = "
         select h.seq from oncebox.outbox_held as h where h.lane = $1 and h.state = 'waiting' and h.key is null
     )
     select h.seq, h.attempts, coalesce(h.expires_at <= clock_timestamp(), false), h.source, h.stream, h.\"offset\",
-        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, extract(epoch from h.published_at)::bigint,
+        h.message_id, h.topic, h.key, h.content_type, h.headers, h.body, floor(extract(epoch from h.published_at))::bigint,
         h.ordinal, h.reason = 'unroutable'
     from head join oncebox.outbox_held as h on h.lane = $1 and h.seq = head.seq
     where h.next_at <= clock_timestamp() and h.seq <> all($2)

@@ -39,7 +39,7 @@ macro_rules! columns {
     () => {
         "o.seq, o.message_id, o.topic, o.key, o.content_type,
         case when o.headers = '{}' then null else o.headers::text end, o.body,
-        extract(epoch from o.published_at)::bigint,
+        floor(extract(epoch from o.published_at))::bigint,
         extract(epoch from o.expires_at - clock_timestamp())::float8"
     };
 }
