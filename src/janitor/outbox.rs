@@ -5,6 +5,7 @@
 
 use crate::backoff::Backoff;
 use crate::db::{self, DbError, SessionOptions};
+use crate::outbox::lease;
 use sqlx::PgConnection;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -88,7 +89,6 @@ async fn connect(options: &OutboxJanitorOptions) -> Result<PgConnection, DbError
     db::connect(&options.database_url, session).await
 }
 
-const LANES: &str = "select lane from oncebox.outbox_lease order by lane";
 const SLOTS: &str = "select slot from oncebox.outbox_slot order by slot";
 const TURN: &str = "
     select t.outcome, t.slot, extract(epoch from clock_timestamp() - t.since)::float8,
@@ -153,9 +153,8 @@ impl Janitor {
             self.said_stuck = Some(Instant::now());
         }
 
-        let lanes: Vec<i16> = db::bounded("the lanes", LIMIT, sqlx::query_scalar(LANES).fetch_all(&mut *conn)).await?;
         let mut behind = false;
-        for lane in lanes {
+        for lane in lease::lanes(conn).await? {
             let mut batches = 0;
             loop {
                 let trim = sqlx::query_scalar(TRIM).bind(lane).bind(TRIM_BATCH).fetch_one(&mut *conn);
@@ -187,7 +186,7 @@ fn pause(retention: Duration, behind: bool) -> Duration {
 }
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[LANES, SLOTS, TURN, CLEAR, TRIM];
+pub const STATEMENTS: &[&str] = &[SLOTS, TURN, CLEAR, TRIM];
 
 #[cfg(test)]
 mod tests {
