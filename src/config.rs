@@ -5,11 +5,12 @@
 use crate::backoff::Backoff;
 use crate::consumer::Order;
 use crate::http::{Endpoint, HeaderMap, HeaderName, HeaderValue};
+use crate::saga::replies;
 use serde::Deserialize;
 use sqlx::postgres::PgConnectOptions;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// A setting is missing or wrong; one line, which names it.
@@ -55,8 +56,30 @@ pub struct Config {
     pub key_window: usize,
     /// How often topics that no queue was bound for are tried again, if at all.
     pub unroutable_probe: Option<Duration>,
+    /// Sagas.
+    pub saga: SagaConfig,
+    /// The REST API.
+    pub api: ApiConfig,
     /// Consumers, in the order of the file.
     pub consumers: Vec<ConsumerConfig>,
+}
+
+/// `[saga]`.
+#[derive(Debug, Clone)]
+pub struct SagaConfig {
+    /// Whether `oncebox run` is an orchestrator too.
+    pub enabled: bool,
+    /// Queue of the replies.
+    pub queue: String,
+}
+
+/// `[api]`
+#[derive(Debug, Clone)]
+pub struct ApiConfig {
+    /// File of token hashes.
+    pub tokens: Option<PathBuf>,
+    /// `/metrics` needs no token.
+    pub metrics_are_open: bool,
 }
 
 /// One `[[consumer]]`.
@@ -112,6 +135,10 @@ struct File {
     #[serde(default)]
     relay: RelayTable,
     #[serde(default)]
+    saga: SagaTable,
+    #[serde(default)]
+    api: ApiTable,
+    #[serde(default)]
     consumer: Vec<ConsumerTable>,
 }
 
@@ -120,6 +147,20 @@ struct File {
 struct RelayTable {
     key_window: Option<usize>,
     unroutable_probe: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SagaTable {
+    enabled: Option<bool>,
+    queue: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ApiTable {
+    tokens: Option<PathBuf>,
+    metrics: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -184,6 +225,21 @@ impl Config {
                 Some("off") => None,
                 _ => Some(duration("relay.unroutable_probe", file.relay.unroutable_probe, Duration::from_secs(30))?),
             },
+            saga: SagaConfig {
+                enabled: file.saga.enabled.unwrap_or(true),
+                queue: short("saga.queue", file.saga.queue.unwrap_or_else(|| replies::CONSUMER.to_owned()))?,
+            },
+            api: ApiConfig {
+                tokens: file.api.tokens,
+                metrics_are_open: match file.api.metrics.as_deref() {
+                    None | Some("open") => true,
+                    Some("token") => false,
+                    Some(other) => {
+                        let reason = format!("\"{other}\" is neither \"open\" nor \"token\"");
+                        return Err(ConfigError::new("api.metrics", reason));
+                    }
+                },
+            },
             consumers,
         })
     }
@@ -226,6 +282,9 @@ impl Config {
 
 fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
     let name = short("consumer.name", table.name)?;
+    if name == replies::CONSUMER {
+        return Err(ConfigError::new("consumer.name", format!("\"{name}\" is the saga orchestrator's")));
+    }
     let setting = |field: &str| format!("consumer \"{name}\": {field}");
     let handler = handler(table.handler, &setting)?;
     let order = match table.order.as_deref() {
@@ -369,6 +428,18 @@ fn syntax_error(text: &str, error: &toml::de::Error) -> ConfigError {
 mod tests {
     use super::*;
 
+    /// Goal: the replies' queue can be named, and their consumer's name is nobody else's.
+    #[test]
+    fn sagas_have_their_queue() {
+        let config = Config::parse("", Overrides::default()).expect("valid");
+        assert_eq!((config.saga.enabled, config.saga.queue.as_str()), (true, "oncebox.saga"));
+        let config = Config::parse("[saga]\nenabled = false\nqueue = \"q\"", Overrides::default()).expect("valid");
+        assert_eq!((config.saga.enabled, config.saga.queue.as_str()), (false, "q"));
+        assert!(refused("[saga]\nqueue = \"\"").contains("saga.queue"));
+        let taken = "[[consumer]]\nname = \"oncebox.saga\"\nhandler = { sql = \"f\" }";
+        assert!(refused(taken).contains("consumer.name"));
+    }
+
     fn refused(text: &str) -> String {
         Config::parse(text, Overrides::default())
             .and_then(|c| c.database_url().map(drop))
@@ -390,6 +461,7 @@ mod tests {
             ("[relay]\nkey_window = 0".to_owned(), "relay.key_window: must be 1 to 10000"),
             ("[relay]\nunroutable_probe = \"never\"".to_owned(), "relay.unroutable_probe: \"never\" is no duration"),
             ("exchange = \"\"".to_owned(), "exchange: must be 1 to 255 bytes"),
+            ("[api]\nmetrics = \"closed\"".to_owned(), "api.metrics: \"closed\" is neither"),
             ("[[consumer]]\nname = \"b\"".to_owned(), "config file, line 1: missing field `handler`"),
             (consumer("order = \"fifo\""), "consumer \"b\": order: \"fifo\" is neither"),
             (consumer("concurrency = 0"), "consumer \"b\": concurrency: must be 1 to 256"),

@@ -27,6 +27,13 @@ pub const ALL: &[&str] = &[
     "consumer.retry_started",
     "consumer.retry_handled",
     "consumer.retry_committed",
+    "saga.replied",
+    "saga.decided",
+    "saga.applied",
+    "saga.due_found",
+    "saga.due_decided",
+    "saga.due_applied",
+    "saga.due_committed",
 ];
 
 /// Passes a point.

@@ -56,7 +56,11 @@ pub mod relay;
 #[cfg(feature = "cli")]
 pub mod replay;
 #[cfg(feature = "cli")]
+pub mod saga;
+#[cfg(feature = "cli")]
 pub mod status;
+#[cfg(feature = "cli")]
+pub mod streams;
 #[cfg(feature = "cli")]
 pub mod supervise;
 #[cfg(feature = "cli")]

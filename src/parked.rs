@@ -14,6 +14,7 @@ use sqlx::query::Query;
 use sqlx::types::Json;
 use sqlx::{PgConnection, Postgres, Row};
 use std::time::Duration;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 /// Messages of one statement of bulk work: short enough that their locks are held for a moment only.
@@ -22,7 +23,7 @@ pub const BATCH: i64 = 500;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Which table a message is parked in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
     /// The relay could not send it.
@@ -109,13 +110,14 @@ impl Filter {
 }
 
 /// A parked message, without its payload. Times are RFC 3339 in UTC.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Parked {
     /// Where it is parked.
     pub side: Side,
     /// Who could not apply it; none on the outbox's side.
     pub consumer: Option<String>,
     /// Its id.
+    #[schema(value_type = Uuid)]
     pub message_id: MessageId,
     /// Its lane; none on the inbox's side.
     pub lane: Option<i16>,
@@ -155,6 +157,17 @@ pub enum Body {
     Hex(String),
 }
 
+/// A payload as an operator can read it.
+#[derive(ToSchema)]
+#[allow(dead_code)]
+struct Payload {
+    /// `json`: the value is the payload, digit for digit; `text`: it is its text; `hex`: two digits a byte.
+    #[schema(pattern = "^(json|text|hex)$", example = "json")]
+    encoding: String,
+    /// The payload.
+    value: serde_json::Value,
+}
+
 impl Body {
     fn new(content_type: Option<&str>, body: Vec<u8>) -> Self {
         let text = match String::from_utf8(body) {
@@ -170,9 +183,10 @@ impl Body {
 }
 
 /// A parked message with everything that is known of it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ParkedMessage)]
 pub struct Detail {
-    /// What [`list`] tells.
+    /// What the list tells.
     #[serde(flatten)]
     pub parked: Parked,
     /// MIME type of the payload.
@@ -182,8 +196,10 @@ pub struct Detail {
     /// Not to be sent after this time.
     pub expires_at: Option<String>,
     /// Its headers.
+    #[schema(value_type = Object)]
     pub headers: Headers,
     /// Its payload.
+    #[schema(value_type = Payload)]
     pub body: Body,
 }
 
@@ -233,6 +249,54 @@ pub async fn list(conn: &mut PgConnection, filter: &Filter, limit: i64) -> Resul
     Ok(rows.iter().map(parked_row).collect::<Result<_, _>>()?)
 }
 
+/// Which parked message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Key {
+    /// A message of the outbox, by lane and number in the log.
+    Outbox(i16, i64),
+    /// A message of a consumer, by id.
+    Inbox(String, Uuid),
+}
+
+const PAGE_OUTBOX: &str = concat!(
+    "select ",
+    columns!(),
+    " from oncebox.parked as p where ",
+    matching!(),
+    " and p.side = 'outbox' and (p.lane, p.seq) > ($6, $7) order by p.lane, p.seq limit $8"
+);
+
+const PAGE_INBOX: &str = concat!(
+    "select ",
+    columns!(),
+    " from oncebox.parked as p where ",
+    matching!(),
+    " and p.side = 'inbox' and (p.consumer, p.message_id) > ($6, $7) order by p.consumer, p.message_id limit $8"
+);
+
+/// The messages of one side that match, behind a place, by lane and number or by consumer and id.
+pub async fn page(
+    conn: &mut PgConnection,
+    side: Side,
+    filter: &Filter,
+    after: Option<&Key>,
+    limit: i64,
+) -> Result<Vec<Parked>, DbError> {
+    let query = match side {
+        Side::Outbox => {
+            let (lane, seq) = if let Some(Key::Outbox(lane, seq)) = after { (*lane, *seq) } else { (-1, 0) };
+            filter.bind(sqlx::query(PAGE_OUTBOX)).bind(lane).bind(seq)
+        }
+        Side::Inbox => {
+            let begin = (String::new(), Uuid::nil());
+            let place = if let Some(Key::Inbox(consumer, id)) = after { (consumer.clone(), *id) } else { begin };
+            filter.bind(sqlx::query(PAGE_INBOX)).bind(place.0).bind(place.1)
+        }
+    };
+    let rows = db::bounded("parked messages", LIMIT, query.bind(limit).fetch_all(conn)).await?;
+    Ok(rows.iter().map(parked_row).collect::<Result<_, _>>()?)
+}
+
 const COUNT: &str =
     concat!("select count(*) from oncebox.parked as p where ", matching!(), " and ($6::text is null or p.side = $6)");
 
@@ -264,39 +328,86 @@ fn parked_row(row: &PgRow) -> Result<Parked, sqlx::Error> {
     })
 }
 
-const SHOW: &str = concat!(
-    "select ",
-    columns!(),
-    ", coalesce(o.content_type, i.content_type), ",
-    rfc3339!("o.published_at"),
-    ", ",
-    rfc3339!("o.expires_at"),
-    ", coalesce(o.headers, i.headers), coalesce(o.body, i.body)
-    from oncebox.parked as p
-    left join oncebox.outbox_held as o on p.side = 'outbox' and o.lane = p.lane and o.seq = p.seq
-    left join oncebox.inbox_held as i on p.side = 'inbox' and i.consumer = p.consumer and i.message_id = p.message_id
-    where ",
-    matching!(),
-    " and ($6::text is null or p.side = $6)
-    order by p.side desc, p.lane, p.seq, p.consumer limit $7"
+macro_rules! show {
+    ($which:expr, $order:literal) => {
+        concat!(
+            "select ",
+            columns!(),
+            ", coalesce(o.content_type, i.content_type), ",
+            rfc3339!("o.published_at"),
+            ", ",
+            rfc3339!("o.expires_at"),
+            ", coalesce(o.headers, i.headers), coalesce(o.body, i.body)
+            from oncebox.parked as p
+            left join oncebox.outbox_held as o on p.side = 'outbox' and o.lane = p.lane and o.seq = p.seq
+            left join oncebox.inbox_held as i
+                on p.side = 'inbox' and i.consumer = p.consumer and i.message_id = p.message_id
+            where ",
+            $which,
+            $order
+        )
+    };
+}
+
+const SHOW: &str = show!(
+    concat!(matching!(), " and ($6::text is null or p.side = $6)"),
+    " order by p.side desc, p.lane, p.seq, p.consumer limit $7"
 );
 
 /// Everything about the messages that match: the same id can be parked by several consumers, and on both sides.
 pub async fn show(conn: &mut PgConnection, filter: &Filter, limit: i64) -> Result<Vec<Detail>, DbError> {
     let query = filter.bind(sqlx::query(SHOW)).bind(filter.side.map(Side::name)).bind(limit);
     let rows = db::bounded("parked messages", LIMIT, query.fetch_all(conn)).await?;
-    let detail = |row: &PgRow| {
-        let content_type: Option<String> = row.try_get(15)?;
-        Ok(Detail {
-            parked: parked_row(row)?,
-            published_at: row.try_get(16)?,
-            expires_at: row.try_get(17)?,
-            headers: row.try_get::<Json<Headers>, _>(18)?.0,
-            body: Body::new(content_type.as_deref(), row.try_get(19)?),
-            content_type,
-        })
+    Ok(rows.iter().map(detail_row).collect::<Result<_, sqlx::Error>>()?)
+}
+
+const SHOW_OUTBOX: &str = show!("p.side = 'outbox' and p.lane = $1 and p.seq = $2", "");
+const SHOW_INBOX: &str = show!("p.side = 'inbox' and p.consumer = $1 and p.message_id = $2", "");
+
+/// Everything about one message, if it is parked.
+pub async fn show_one(conn: &mut PgConnection, key: &Key) -> Result<Option<Detail>, DbError> {
+    let query = match key {
+        Key::Outbox(lane, seq) => sqlx::query(SHOW_OUTBOX).bind(lane).bind(seq),
+        Key::Inbox(consumer, message_id) => sqlx::query(SHOW_INBOX).bind(consumer).bind(message_id),
     };
-    Ok(rows.iter().map(detail).collect::<Result<_, sqlx::Error>>()?)
+    let row = db::bounded("a parked message", LIMIT, query.fetch_optional(conn)).await?;
+    Ok(row.as_ref().map(detail_row).transpose()?)
+}
+
+fn detail_row(row: &PgRow) -> Result<Detail, sqlx::Error> {
+    let content_type: Option<String> = row.try_get(15)?;
+    Ok(Detail {
+        parked: parked_row(row)?,
+        published_at: row.try_get(16)?,
+        expires_at: row.try_get(17)?,
+        headers: row.try_get::<Json<Headers>, _>(18)?.0,
+        body: Body::new(content_type.as_deref(), row.try_get(19)?),
+        content_type,
+    })
+}
+
+const RETRY_ONE_OUTBOX: &str = "select oncebox.outbox_retry($1, $2)";
+const RETRY_ONE_INBOX: &str = "select oncebox.inbox_retry($1, $2)";
+const DISCARD_ONE_OUTBOX: &str = "select oncebox.outbox_discard($1, $2, $3, $4)";
+const DISCARD_ONE_INBOX: &str = "select oncebox.inbox_discard($1, $2, $3, $4)";
+
+/// Does it to one message, durable on return; false if it is not parked.
+pub async fn act(conn: &mut PgConnection, key: &Key, verb: &Verb) -> Result<bool, DbError> {
+    let query = match (key, verb) {
+        (Key::Outbox(..), Verb::Retry) => sqlx::query_scalar(RETRY_ONE_OUTBOX),
+        (Key::Outbox(..), Verb::Discard { .. }) => sqlx::query_scalar(DISCARD_ONE_OUTBOX),
+        (Key::Inbox(..), Verb::Retry) => sqlx::query_scalar(RETRY_ONE_INBOX),
+        (Key::Inbox(..), Verb::Discard { .. }) => sqlx::query_scalar(DISCARD_ONE_INBOX),
+    };
+    let query = match key {
+        Key::Outbox(lane, seq) => query.bind(i32::from(*lane)).bind(seq),
+        Key::Inbox(consumer, message_id) => query.bind(consumer).bind(message_id),
+    };
+    let query = match verb {
+        Verb::Retry => query,
+        Verb::Discard { why, by } => query.bind(why).bind(by),
+    };
+    db::bounded("a parked message", LIMIT, query.fetch_one(conn)).await
 }
 
 /// What is to be done with parked messages.
@@ -445,7 +556,24 @@ impl Bulk {
 }
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[LIST, COUNT, SHOW, NOW, RETRY_OUTBOX, RETRY_INBOX, DISCARD_OUTBOX, DISCARD_INBOX];
+pub const STATEMENTS: &[&str] = &[
+    LIST,
+    PAGE_OUTBOX,
+    PAGE_INBOX,
+    COUNT,
+    SHOW,
+    SHOW_OUTBOX,
+    SHOW_INBOX,
+    RETRY_ONE_OUTBOX,
+    RETRY_ONE_INBOX,
+    DISCARD_ONE_OUTBOX,
+    DISCARD_ONE_INBOX,
+    NOW,
+    RETRY_OUTBOX,
+    RETRY_INBOX,
+    DISCARD_OUTBOX,
+    DISCARD_INBOX,
+];
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,8 @@
 //! be polled every second whatever lies in the tables. `oncebox status` and `/metrics` show the same look. It needs
 //! the rights of `oncebox_admin`. Left out on purpose: sizes and rates of the broker, which has its own exporter.
 
+pub mod sagas;
+
 use crate::db::{self, DbError, SessionOptions};
 use crate::migrate;
 use crate::outbox::pause::{self, PauseEntry};
@@ -12,6 +14,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row};
 use std::collections::BTreeMap;
 use std::time::Duration;
+use utoipa::ToSchema;
 
 /// Messages counted one by one; beyond it a count says "at least".
 pub const COUNT_LIMIT: i32 = 100_000;
@@ -19,7 +22,7 @@ pub const COUNT_LIMIT: i32 = 100_000;
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// A number of rows.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Count {
     /// So many were counted.
     pub count: i64,
@@ -35,7 +38,7 @@ impl Count {
 }
 
 /// Messages that are held, by what is to become of them.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct Held {
     /// To be tried again by themselves.
     pub waiting: i64,
@@ -46,7 +49,7 @@ pub struct Held {
 }
 
 /// A relay process.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Relay {
     /// Named in its leases.
     pub owner: String,
@@ -63,7 +66,7 @@ pub struct Relay {
 }
 
 /// One lane of the log.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Lane {
     /// Which lane.
     pub lane: i16,
@@ -92,7 +95,7 @@ pub struct Lane {
 }
 
 /// Where messages say they come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Source {
     /// In force.
     pub current: String,
@@ -109,7 +112,7 @@ pub struct Source {
 }
 
 /// One slot of the ring.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Slot {
     /// Which slot.
     pub slot: i16,
@@ -124,7 +127,7 @@ pub struct Slot {
 }
 
 /// The log's ring and its journal.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Ring {
     /// Where new messages go.
     pub current: i16,
@@ -141,7 +144,7 @@ pub struct Ring {
 }
 
 /// Messages not to be sent yet.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Scheduled {
     /// How many.
     pub messages: Count,
@@ -152,7 +155,7 @@ pub struct Scheduled {
 }
 
 /// A consumer with an inbox in this database.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Consumer {
     /// Its name.
     pub consumer: String,
@@ -161,7 +164,7 @@ pub struct Consumer {
 }
 
 /// Who has been in a transaction for longest, in the whole cluster.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct OldestTransaction {
     /// The session; none for a prepared transaction.
     pub pid: Option<i32>,
@@ -182,7 +185,7 @@ pub struct OldestTransaction {
 }
 
 /// What happened between two looks.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, ToSchema)]
 pub struct Rates {
     /// Offsets given to messages a second.
     pub published_per_s: f64,
@@ -193,7 +196,7 @@ pub struct Rates {
 }
 
 /// One look.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Status {
     /// When, by the database's clock, RFC 3339.
     pub at: String,
@@ -213,6 +216,8 @@ pub struct Status {
     pub scheduled: Scheduled,
     /// Every consumer known here.
     pub consumers: Vec<Consumer>,
+    /// The sagas.
+    pub sagas: sagas::Sagas,
     /// Inserts into the inbox since the server's counters began.
     pub accepted_total: i64,
     /// None when nobody else is in a transaction.
@@ -378,6 +383,7 @@ pub async fn look(conn: &mut PgConnection) -> Result<Status, DbError> {
         .into_iter()
         .map(|consumer| Consumer { held: held.remove(&consumer).unwrap_or_default(), consumer })
         .collect();
+    let sagas = sagas::look(conn).await?;
     let oldest = sqlx::query(OLDEST).fetch_optional(conn);
     let oldest = db::bounded("the oldest transaction", LIMIT, oldest).await?;
     Ok(Status {
@@ -390,6 +396,7 @@ pub async fn look(conn: &mut PgConnection) -> Result<Status, DbError> {
         ring: Ring { current: slot, current_for_s, retention_s, oldest_s, plans, slots },
         scheduled: Scheduled { messages: Count::upto_limit(messages), next_due, next_due_in_s },
         consumers,
+        sagas,
         accepted_total,
         oldest_transaction: oldest.as_ref().map(oldest_transaction).transpose()?,
         rates: None,
@@ -506,6 +513,7 @@ mod tests {
             },
             scheduled: Scheduled { messages: Count::default(), next_due: None, next_due_in_s: None },
             consumers: Vec::new(),
+            sagas: sagas::Sagas::default(),
             accepted_total,
             oldest_transaction: None,
             rates: None,

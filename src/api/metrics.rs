@@ -3,14 +3,15 @@
 //! The names are a contract with dashboards and alerts. The figures are the database's, not this process's: every
 //! process that serves them serves the same.
 
-use super::Problem;
+use super::ApiState;
+use super::problem::{Problem, ProblemBody};
+use super::request::NoParams;
 use crate::db::{self, DbError};
 use crate::status::{self, Held, Status};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use std::fmt::Write;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Longest wait for all of it: scrapers give up after 10 s.
@@ -63,18 +64,43 @@ const OLDEST_TRANSACTION: Metric = (
     "gauge",
     "How long the oldest transaction of the cluster has lasted, prepared ones included; 0 when there is none.",
 );
+const SAGAS: Metric = (
+    "oncebox_sagas",
+    "gauge",
+    "Sagas by definition (empty without one, * for the smallest of more than 50) and status; counted up to 100000 a status.",
+);
+const SAGAS_PAUSED: Metric = ("oncebox_sagas_paused", "gauge", "Sagas that an operator holds.");
+const SAGAS_OVERDUE: Metric = (
+    "oncebox_sagas_overdue",
+    "gauge",
+    "Sagas whose timer has been due for more than 10 s: no orchestrator looks at them.",
+);
+const SAGA_OVERDUE_SECONDS: Metric =
+    ("oncebox_saga_overdue_seconds", "gauge", "For how long the first timer of a saga has been due; 0 when none is.");
+const SAGA_SIGNAL_SECONDS: Metric = (
+    "oncebox_saga_signal_seconds",
+    "gauge",
+    "For how long the first signal has waited for an orchestrator; 0 when none does.",
+);
+const SAGA_STUCK: Metric = ("oncebox_saga_stuck", "gauge", "Sagas that need an operator; counted up to 100000.");
+const SAGA_STUCK_SECONDS: Metric = (
+    "oncebox_saga_stuck_seconds",
+    "gauge",
+    "How long the oldest of them has been stuck, of the first 1000; 0 when none is.",
+);
 
 /// Lag, parked messages, lanes, consumers and the log, for Prometheus.
 #[utoipa::path(
     get, path = "/metrics", tag = "metrics",
     responses(
-        (status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain"),
-        (status = 503, description = "The database does not answer; `detail` says why.", body = Problem, content_type = "application/problem+json"),
+        (status = 200, description = "Prometheus' text format.", body = String, content_type = "text/plain", example = "# TYPE oncebox_pauses gauge\noncebox_pauses 0\n"),
+        (status = 503, description = "The database does not answer; `detail` says why.", body = ProblemBody, content_type = "application/problem+json"),
     )
 )]
-pub(super) async fn metrics(State(database_url): State<Arc<String>>) -> Result<Response, Problem> {
+pub(super) async fn metrics(State(state): State<ApiState>, _: NoParams) -> Result<Response, Problem> {
     let look = async {
-        let mut conn = status::connect(&database_url, "oncebox serve").await?;
+        let _place = state.looks.acquire().await;
+        let mut conn = status::connect(&state.database_url, "oncebox serve").await?;
         let status = status::look(&mut conn).await?;
         db::close(conn).await;
         Ok::<_, DbError>(status)
@@ -84,7 +110,7 @@ pub(super) async fn metrics(State(database_url): State<Arc<String>>) -> Result<R
         Ok(Err(error)) => error.to_string(),
         Err(_) => format!("the database did not answer within {LIMIT:?}"),
     };
-    Err(Problem { kind: "about:blank", title: "Service Unavailable", status: 503, detail })
+    Err(Problem::unavailable(detail))
 }
 
 /// The page, metric by metric.
@@ -162,6 +188,19 @@ fn render(status: &Status) -> String {
     let slots = status.ring.slots.iter();
     page.metric(SLOT_BYTES, slots.map(|slot| (labels(&[("slot", &slot.slot.to_string())]), slot.bytes as f64)));
     page.metric(PLANS, one(status.ring.plans as f64));
+    let sagas = &status.sagas;
+    let by_definition = sagas.by_definition.iter().flat_map(|(definition, by_status)| {
+        by_status
+            .iter()
+            .map(move |(status, count)| (labels(&[("definition", definition), ("status", status)]), *count as f64))
+    });
+    page.metric(SAGAS, by_definition);
+    page.metric(SAGAS_PAUSED, one(sagas.paused.count as f64));
+    page.metric(SAGAS_OVERDUE, one(sagas.overdue.count as f64));
+    page.metric(SAGA_OVERDUE_SECONDS, one(sagas.overdue_s));
+    page.metric(SAGA_SIGNAL_SECONDS, one(sagas.signal_wait_s));
+    page.metric(SAGA_STUCK, one(sagas.count("stuck").count as f64));
+    page.metric(SAGA_STUCK_SECONDS, one(sagas.oldest_stuck_s.unwrap_or(0.0)));
     let oldest = status.oldest_transaction.as_ref().and_then(|oldest| oldest.age_s);
     page.metric(OLDEST_TRANSACTION, one(oldest.unwrap_or(0.0)));
     page.0

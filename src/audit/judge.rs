@@ -5,10 +5,11 @@ use crate::ranges::Ranges;
 use serde::Serialize;
 use serde::ser::{SerializeSeq, Serializer};
 use std::collections::BTreeMap;
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 /// A stream of one source.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, ToSchema)]
 pub struct StreamId {
     /// The outbox.
     pub source: Uuid,
@@ -72,7 +73,8 @@ pub(super) struct Inbox {
 }
 
 /// What became of a stream's messages on their way to the broker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[schema(as = AuditedStream)]
 pub struct Stream {
     /// Which.
     #[serde(flatten)]
@@ -92,7 +94,7 @@ pub struct Stream {
 }
 
 /// What became of a stream's messages at one consumer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct ConsumerStream {
     /// The logical consumer.
     pub consumer: String,
@@ -113,12 +115,15 @@ pub struct ConsumerStream {
     pub discarded: u64,
     /// Lost on the way, as ranges of first and last offset.
     #[serde(serialize_with = "as_ranges")]
+    #[schema(value_type = Vec<Vec<i64>>, example = json!([[3, 5]]))]
     pub missing: Ranges,
     /// Applied under two ids.
     #[serde(serialize_with = "as_ranges")]
+    #[schema(value_type = Vec<Vec<i64>>, example = json!([[3, 5]]))]
     pub doubled: Ranges,
     /// Applied, and never produced by this outbox: it has gone back in time.
     #[serde(serialize_with = "as_ranges")]
+    #[schema(value_type = Vec<Vec<i64>>, example = json!([[3, 5]]))]
     pub unknown: Ranges,
     /// False: a stream that several topics share tells nothing of what is missing.
     pub checked: bool,
@@ -133,7 +138,7 @@ fn as_ranges<S: Serializer>(set: &Ranges, serializer: S) -> Result<S::Ok, S::Err
 }
 
 /// The whole audit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Report {
     /// The outbox, by stream.
     pub streams: Vec<Stream>,
@@ -144,7 +149,7 @@ pub struct Report {
 }
 
 /// A message that a consumer lacks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Missing {
     /// The logical consumer.
     pub consumer: String,
@@ -154,6 +159,7 @@ pub struct Missing {
     /// Its place there.
     pub offset: i64,
     /// Its id, if the log still holds it.
+    #[schema(value_type = Option<Uuid>)]
     pub message_id: Option<MessageId>,
 }
 

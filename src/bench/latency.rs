@@ -147,6 +147,10 @@ impl Broker for Timed {
     async fn subscribe(&self, queue: &QueueSpec, prefetch: u16) -> Result<Self::Subscription, BrokerError> {
         self.broker.subscribe(queue, prefetch).await
     }
+
+    async fn listen(&self, queue: &QueueSpec, prefetch: u16) -> Result<Self::Subscription, BrokerError> {
+        self.broker.listen(queue, prefetch).await
+    }
 }
 
 struct TimedPublisher<P> {

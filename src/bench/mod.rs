@@ -6,6 +6,7 @@
 mod inbox;
 mod latency;
 mod relay;
+mod saga;
 
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, QueueSpec, Subscription};
@@ -33,6 +34,8 @@ enum What {
     Latency(latency::LatencyBench),
     /// Drain of a queue by a consumer in batches, beside one message a transaction
     Inbox(inbox::InboxBench),
+    /// Sagas of three steps from start to end, beside chains of as many messages without a saga
+    Saga(saga::SagaBench),
 }
 
 /// Runs a benchmark on the servers of the config and prints its table.
@@ -41,6 +44,7 @@ pub async fn run(args: BenchArgs, config: &Config) -> anyhow::Result<()> {
         What::Relay(bench) => relay::run(bench, config).await,
         What::Latency(bench) => latency::run(bench, config).await,
         What::Inbox(bench) => inbox::run(bench, config).await,
+        What::Saga(bench) => saga::run(bench, config).await,
     }
 }
 

@@ -64,6 +64,8 @@ struct State {
 
 struct Queue {
     spec: QueueSpec,
+    /// The connection it goes with, if it is that one's own.
+    owner: Option<u64>,
     bindings: BTreeSet<(String, String)>,
     /// Exchanges whose void notices it gets.
     voids: BTreeSet<String>,
@@ -194,9 +196,29 @@ impl Broker for MemoryBroker {
     }
 
     async fn subscribe(&self, spec: &QueueSpec, prefetch: u16) -> Result<MemorySubscription, BrokerError> {
+        self.consume(spec, prefetch, false)
+    }
+
+    async fn listen(&self, spec: &QueueSpec, prefetch: u16) -> Result<MemorySubscription, BrokerError> {
+        self.consume(spec, prefetch, true)
+    }
+}
+
+impl MemoryBroker {
+    fn consume(&self, spec: &QueueSpec, prefetch: u16, is_private: bool) -> Result<MemorySubscription, BrokerError> {
         let mut state = self.shared.lock();
         let connection = state.connect(&spec.exchange)?;
+        let is_taken = |queue: &Queue| is_private || queue.owner.is_some();
+        if state.queues.get(&spec.name).is_some_and(is_taken) {
+            state.connections.remove(&connection);
+            return Err(BrokerError::Topology {
+                kind: "queue",
+                name: spec.name.clone(),
+                reason: "exists with other arguments or owners: give it another name".to_owned(),
+            });
+        }
         let queue = state.queues.entry(spec.name.clone()).or_insert_with(|| Queue {
+            owner: is_private.then_some(connection),
             spec: spec.clone(),
             bindings: BTreeSet::new(),
             voids: BTreeSet::new(),
@@ -409,6 +431,7 @@ impl State {
             queue.consumers.retain(|consumer| *consumer != number);
             queue.returned.extend(unacked.into_values().map(|was| Delivery { redelivered: true, ..was }));
         }
+        self.queues.retain(|_, queue| queue.owner != Some(number));
     }
 
     /// Takes a message as the broker does, faults included.

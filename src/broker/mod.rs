@@ -131,6 +131,14 @@ pub trait Broker: Send + Sync + 'static {
         queue: &QueueSpec,
         prefetch: u16,
     ) -> impl Future<Output = Result<Self::Subscription, BrokerError>> + Send;
+
+    /// As [`subscribe`](Self::subscribe), to a queue of the session's own: it begins empty, nobody else may consume from it,
+    /// and it goes, with what is in it, when the session ends however it ends. It does not outlive the broker's restart.
+    fn listen(
+        &self,
+        queue: &QueueSpec,
+        prefetch: u16,
+    ) -> impl Future<Output = Result<Self::Subscription, BrokerError>> + Send;
 }
 
 /// A publishing session: persistent, mandatory, confirmed. After any error the session is over, and whatever

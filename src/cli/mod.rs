@@ -8,8 +8,10 @@ mod parked;
 mod pause;
 mod processes;
 mod replay;
+pub mod saga;
 pub mod since;
 mod status;
+mod token;
 
 use crate::config::{Config, ConfigError, Overrides};
 use clap::{Args, Parser, Subcommand};
@@ -54,12 +56,14 @@ enum Command {
     Relay,
     /// Run the consumers of the config file
     Consume,
+    /// Move sagas: take the replies to their commands, and do what is due; any number may run
+    Orchestrate,
     /// Serve the REST API
     Serve {
         #[command(flatten)]
         listen: Listen,
     },
-    /// Relay, consumers and REST API in one process
+    /// Relay, consumers, saga orchestrator and REST API in one process
     Run {
         #[command(flatten)]
         listen: Listen,
@@ -68,6 +72,8 @@ enum Command {
     Audit(audit::AuditArgs),
     /// Look at parked messages, retry or discard them
     Parked(parked::ParkedArgs),
+    /// Look at sagas, start them, act on those that need an operator
+    Saga(saga::SagaArgs),
     /// Send retained messages again under the same ids and offsets
     Replay(replay::ReplayArgs),
     /// Stop sending: topics by pattern, a lane, or everything; kept until resumed
@@ -78,6 +84,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Lag, parked messages, lanes, consumers, the log and the oldest transaction
     Status(status::StatusArgs),
+    /// Make a token for the REST API
+    Token(token::TokenArgs),
     /// Print the API description
     Openapi,
     /// The main job end to end on private servers, with faults, and its reconciliation
@@ -144,15 +152,18 @@ async fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Migrate { status } => migrate::run(&load(None)?, status).await?,
         Command::Relay => processes::run(load(None)?, processes::Parts::RELAY).await?,
         Command::Consume => processes::run(load(None)?, processes::Parts::CONSUME).await?,
+        Command::Orchestrate => processes::run(load(None)?, processes::Parts::ORCHESTRATE).await?,
         Command::Serve { listen } => processes::run(load(listen.listen)?, processes::Parts::SERVE).await?,
         Command::Run { listen } => processes::run(load(listen.listen)?, processes::Parts::ALL).await?,
         Command::Audit(args) => return audit::run(&load(None)?, args).await,
         Command::Parked(args) => return parked::run(args, &load(None)?).await,
+        Command::Saga(args) => return saga::run(args, &load(None)?).await,
         Command::Replay(args) => return replay::run(args, &load(None)?).await,
         Command::Pause(args) => pause::pause(&load(None)?, &args).await?,
         Command::Resume(args) => return pause::resume(&load(None)?, &args).await,
         Command::Doctor(args) => return doctor::run(args, &load(None)?).await,
         Command::Status(args) => status::run(args, &load(None)?).await?,
+        Command::Token(args) => token::run(&args)?,
         Command::Openapi => print!("{}", crate::api::openapi_yaml()),
         Command::Demo(args) => return crate::demo::run(args).await,
         Command::Bench(args) => crate::bench::run(args, &load(None)?).await?,

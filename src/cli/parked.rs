@@ -193,7 +193,7 @@ fn said(flag: &str, text: String) -> Result<String, ConfigError> {
 }
 
 /// Who runs this, as the system says.
-fn user_at_host() -> String {
+pub(super) fn user_at_host() -> String {
     let answer = |program: &str, argument: &str| {
         let output = Command::new(program).arg(argument).output().ok().filter(|output| output.status.success())?;
         String::from_utf8(output.stdout).ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())

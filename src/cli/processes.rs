@@ -1,16 +1,18 @@
-//! `oncebox relay`, `consume`, `serve` and `run`: the same parts, alone or together.
+//! `oncebox relay`, `consume`, `orchestrate`, `serve` and `run`: the same parts, alone or together.
 
-use crate::api;
+use crate::api::{self, ApiOptions, Tokens};
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, Publisher};
 use crate::config::{Config, ConfigError, ConsumerConfig, HandlerConfig};
-use crate::consumer::{self, ConsumerOptions};
+use crate::consumer::{self, ConsumerOptions, Order};
 use crate::db;
 use crate::inbox::handler::{Handler, SqlHandler};
 use crate::inbox::http::HttpHandler;
 use crate::janitor::inbox::{self as inbox_janitor, InboxJanitorOptions};
 use crate::janitor::outbox::{self as outbox_janitor, OutboxJanitorOptions};
 use crate::relay::{self, RelayOptions};
+use crate::saga::orchestrator::{self, OrchestratorOptions};
+use crate::saga::replies::{self, Replies};
 use crate::supervise;
 use anyhow::Context;
 use std::collections::BTreeSet;
@@ -23,40 +25,49 @@ use tokio_util::sync::CancellationToken;
 pub struct Parts {
     relay: bool,
     consume: bool,
+    orchestrate: bool,
     serve: bool,
 }
 
 impl Parts {
     /// The relay alone.
-    pub const RELAY: Self = Self { relay: true, consume: false, serve: false };
+    pub const RELAY: Self = Self { relay: true, ..Self::NONE };
     /// The consumers alone.
-    pub const CONSUME: Self = Self { relay: false, consume: true, serve: false };
+    pub const CONSUME: Self = Self { consume: true, ..Self::NONE };
+    /// The saga orchestrator alone.
+    pub const ORCHESTRATE: Self = Self { orchestrate: true, ..Self::NONE };
     /// The REST API alone.
-    pub const SERVE: Self = Self { relay: false, consume: false, serve: true };
+    pub const SERVE: Self = Self { serve: true, ..Self::NONE };
     /// Everything.
-    pub const ALL: Self = Self { relay: true, consume: true, serve: true };
+    pub const ALL: Self = Self { relay: true, consume: true, orchestrate: true, serve: true };
+
+    const NONE: Self = Self { relay: false, consume: false, orchestrate: false, serve: false };
 }
 
 /// Runs the parts until a signal; the first that fails ends all, in order, and the process with an error.
 pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
     let database_url = config.database_url()?.to_owned();
-    if parts.relay || parts.consume {
+    if parts.relay || parts.consume || parts.orchestrate {
         config.amqp_url()?;
     }
+    // Asked for by its own name it runs whatever the file says.
+    let orchestrate = parts.orchestrate && (config.saga.enabled || !parts.serve);
     if parts.consume && !parts.serve && config.consumers.is_empty() {
         let reason = "there is none: give a config file with at least one [[consumer]]".to_owned();
         return Err(ConfigError { setting: "consumer".to_owned(), reason }.into());
     }
+    let api = if parts.serve { Some(api_options(&config, &database_url)?) } else { None };
     let shutdown = supervise::shutdown_on_signal()?;
     let Some(conn) = supervise::wait_for_database(&database_url, &shutdown).await? else { return Ok(()) };
     db::close(conn).await;
 
     let mut tasks = JoinSet::new();
-    if parts.serve {
+    let mut inboxes = BTreeSet::new();
+    if let Some(api) = api {
         let listener = tokio::net::TcpListener::bind(config.listen).await;
         let listener = listener.with_context(|| format!("listen: cannot listen on {}", config.listen))?;
         tracing::info!(address = %config.listen, "serving");
-        tasks.spawn(serve(listener, database_url.clone(), shutdown.clone()));
+        tasks.spawn(serve(listener, api, shutdown.clone()));
     }
     if parts.relay {
         tasks.spawn(run_relay(config.clone(), database_url.clone(), shutdown.clone()));
@@ -67,9 +78,15 @@ pub async fn run(config: Config, parts: Parts) -> anyhow::Result<()> {
             tasks.spawn(run_consumer(config.clone(), consumer.clone(), database_url.clone(), shutdown.clone()));
         }
         let urls = config.consumers.iter().map(|consumer| consumer.database_url.as_ref().unwrap_or(&database_url));
-        for database_url in urls.collect::<BTreeSet<_>>() {
-            tasks.spawn(run_inbox_janitor(database_url.clone(), shutdown.clone()));
-        }
+        inboxes.extend(urls.cloned());
+    }
+    if orchestrate {
+        tasks.spawn(run_replies(config.clone(), database_url.clone(), shutdown.clone()));
+        tasks.spawn(run_orchestrator(database_url.clone(), shutdown.clone()));
+        inboxes.insert(database_url.clone());
+    }
+    for database_url in inboxes {
+        tasks.spawn(run_inbox_janitor(database_url, shutdown.clone()));
     }
     let mut result = Ok(());
     while let Some(ended) = tasks.join_next().await {
@@ -161,26 +178,62 @@ async fn run_consumer(
     consumer::run(broker, handler, options, shutdown).await.with_context(|| name)
 }
 
+/// Replies come like any other message: through the inbox.
+async fn run_replies(config: Config, database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let broker = rabbitmq(&config, "oncebox orchestrate")?;
+    let options = ConsumerOptions {
+        name: replies::CONSUMER.to_owned(),
+        database_url: database_url.clone(),
+        outbox_url: Some(database_url),
+        queue: config.saga.queue,
+        exchange: config.exchange,
+        bindings: vec![replies::TOPIC.to_owned()],
+        concurrency: replies::CONCURRENCY,
+        batch: replies::BATCH,
+        max_attempts: replies::MAX_ATTEMPTS,
+        order: Order::None,
+        backoff: replies::BACKOFF,
+        handler_timeout: replies::TIMEOUT,
+        drain_deadline: config.drain_deadline,
+    };
+    consumer::run(broker, Arc::new(Replies::default()), options, shutdown).await.context("replies to sagas")
+}
+
+async fn run_orchestrator(database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
+    orchestrator::run(OrchestratorOptions { database_url }, shutdown).await;
+    Ok(())
+}
+
 async fn run_inbox_janitor(database_url: String, shutdown: CancellationToken) -> anyhow::Result<()> {
     inbox_janitor::run(InboxJanitorOptions { database_url }, shutdown).await;
     Ok(())
 }
 
+fn api_options(config: &Config, database_url: &str) -> anyhow::Result<ApiOptions> {
+    let error = |setting: &str, reason: String| ConfigError { setting: setting.to_owned(), reason };
+    let tokens = match &config.api.tokens {
+        Some(path) => Tokens::read(path).map_err(|reason| error("api.tokens", reason.to_string()))?,
+        None => Tokens::default(),
+    };
+    let token = match std::env::var(api::ENVIRONMENT) {
+        Ok(token) => Some(token),
+        Err(std::env::VarError::NotPresent) => None,
+        Err(wrong) => return Err(error(api::ENVIRONMENT, wrong.to_string()).into()),
+    };
+    let tokens = tokens.with_environment(token.as_deref());
+    Ok(ApiOptions {
+        database_url: database_url.to_owned(),
+        consumer_database_urls: config.consumers.iter().filter_map(|consumer| consumer.database_url.clone()).collect(),
+        tokens: tokens.map_err(|reason| error(api::ENVIRONMENT, reason.to_string()))?,
+        metrics_are_open: config.api.metrics_are_open,
+    })
+}
+
 async fn serve(
     listener: tokio::net::TcpListener,
-    database_url: String,
+    options: ApiOptions,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let stop = shutdown.clone();
-    let served = axum::serve(listener, api::router(database_url))
-        .with_graceful_shutdown(async move { stop.cancelled().await })
-        .into_future();
-    let deadline = async {
-        shutdown.cancelled().await;
-        tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-    };
-    tokio::select! {
-        result = served => Ok(result?),
-        () = deadline => Ok(()),
-    }
+    api::serve(listener, options, shutdown).await;
+    Ok(())
 }

@@ -36,7 +36,8 @@ pub(super) async fn resolve(conn: &mut PgConnection, text: &str) -> anyhow::Resu
     }
 }
 
-fn seconds(text: &str) -> Option<f64> {
+/// A duration of the command line: `250ms`, `90s`, `15m`, `2h`, `3d`.
+pub(super) fn seconds(text: &str) -> Option<f64> {
     let digits = text.find(|c: char| !c.is_ascii_digit())?;
     let unit_s = match &text[digits..] {
         "ms" => 0.001,

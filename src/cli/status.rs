@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::db;
+use crate::status::sagas::Sagas;
 use crate::status::{self, Held, Lane, OldestTransaction, Relay, Ring, Status};
 use clap::Args;
 use comfy_table::{Table, presets};
@@ -89,6 +90,29 @@ fn tables(status: &Status) -> String {
             table.add_row([consumer.consumer.clone(), held.waiting.to_string(), waiting_for(held), parked(held)]);
         }
         text += &format!("{table}\n");
+    }
+    text + &sagas(&status.sagas)
+}
+
+fn sagas(sagas: &Sagas) -> String {
+    if sagas.by_status.is_empty() {
+        return String::new();
+    }
+    let mut of: Vec<String> = sagas.by_status.iter().map(|(status, n)| format!("{} {status}", count(*n))).collect();
+    if sagas.paused.count > 0 {
+        of.push(format!("{} paused", count(sagas.paused)));
+    }
+    let mut text = format!("\nsagas: {}\n", of.join(", "));
+    if let Some(age_s) = sagas.oldest_stuck_s {
+        text += &format!("stuck: the oldest for {}; see oncebox saga list --status stuck\n", seconds(age_s));
+    }
+    if sagas.is_neglected() {
+        let (overdue, first) = (count(sagas.overdue), seconds(sagas.overdue_s));
+        let signal = seconds(sagas.signal_wait_s);
+        text += &format!(
+            "no orchestrator is at work, or it does not keep up: {overdue} sagas overdue, the first for {first}; \
+             the first signal waits for {signal}\n"
+        );
     }
     text
 }

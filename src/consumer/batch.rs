@@ -1,12 +1,12 @@
-//! Batches: one worker takes all deliveries and applies many in one transaction, one statement for the inbox and one for
-//! the handler, so that many effects share one commit. It takes what waits and never waits for more.
+//! Batches: one worker takes all deliveries and applies many in one transaction, one statement for the inbox and one or
+//! a few for the handler, so that many effects share one commit. It takes what waits and never waits for more.
 //!
 //! If anything fails, the transaction is rolled back and its messages go one by one, in order, each in its own: so one's
 //! failure touches no other. A consumer has one batch transaction at a time, over all its processes. Where handlers are
 //! slow, sharing a commit saves nothing and running side by side does: then deliveries are passed on to the workers
 //! for a while. Waiting deliveries are theirs anyway.
 
-use super::worker::{Failure, MARGIN, Worker, accept_error, commit_failure, ended, within};
+use super::worker::{Failure, MARGIN, Worker, accept_error, commit_failure, ended, stands, within};
 use super::{Job, Order, Settled, worker_of};
 use crate::failpoints;
 use crate::inbox::held::{self, Reason};
@@ -258,8 +258,9 @@ impl Worker {
             let inbox = began.elapsed();
             failpoints::pass("consumer.batch_accepted");
             let new = of(Reception::New);
-            if let (Some(handler), false) = (handler.batches(), new.is_empty()) {
-                ended(handler.handle_all(&mut transaction, &new), &options).await?;
+            if let (Some(batches), [first, ..]) = (handler.batches(), &new[..]) {
+                ended(batches.handle_all(&mut transaction, &new), &options).await?;
+                stands(&*handler, &mut transaction, first, &options).await?;
             }
             let times = Times { inbox, handler: began.elapsed() - inbox };
             failpoints::pass("consumer.batch_handled");

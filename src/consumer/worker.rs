@@ -356,6 +356,17 @@ pub(super) async fn run(
     options: &ConsumerOptions,
 ) -> Result<(), Failure> {
     ended(handler.handle(conn, message), options).await?;
+    stands(handler, conn, message, options).await
+}
+
+/// Fails unless the transaction that accepted the message stands: a handler of several statements may have passed over
+/// one that failed, or have ended the transaction.
+pub(super) async fn stands(
+    handler: &dyn Handler,
+    conn: &mut PgConnection,
+    message: &Received,
+    options: &ConsumerOptions,
+) -> Result<(), Failure> {
     if !handler.is_one_statement() && !inbox::is_accepted(conn, &options.name, message.id).await? {
         let text = "the handler ended the transaction it ran in".to_owned();
         return Err(Failure::CutOff(HandlerError::Failed(text)));

@@ -13,6 +13,8 @@ pub struct Books {
     pub orders: i64,
     pub ordered_cents: i64,
     pub messages: i64,
+    /// Those of orders and customers alone.
+    pub shop_messages: i64,
     /// Orders without a message in the outbox.
     pub unpublished: i64,
     /// Messages of orders that are not there.
@@ -63,6 +65,7 @@ select to_jsonb(books) from (select
     (select count(*) from shop.orders) as orders,
     (select coalesce(sum(amount_cents), 0)::bigint from shop.orders) as ordered_cents,
     (select count(*) from oncebox.outbox) as messages,
+    (select count(*) from oncebox.outbox where topic in ('order.placed', 'customer.closed')) as shop_messages,
     (select count(*) from shop.orders as o where not exists (select from published as p where p.id = o.id)) as unpublished,
     (select count(*) from published as p where not exists (select from shop.orders as o where o.id = p.id))
         as unfounded_messages,

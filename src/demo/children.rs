@@ -1,4 +1,4 @@
-//! The demo's own relays and consumers: processes of this program, with a log file each, replaced when they are killed.
+//! The demo's own relays, consumers and orchestrators: processes of this program, with a log file each, replaced when they are killed.
 
 use anyhow::Context;
 use std::fs::{File, OpenOptions};
@@ -21,6 +21,7 @@ const UNEXPECTED_LIMIT: usize = 10;
 pub enum Kind {
     Relay,
     Consumer,
+    Orchestrator,
 }
 
 impl Kind {
@@ -28,6 +29,7 @@ impl Kind {
         match self {
             Self::Relay => "relay",
             Self::Consumer => "consumer",
+            Self::Orchestrator => "orchestrator",
         }
     }
 }
@@ -49,7 +51,7 @@ pub struct Children {
 }
 
 impl Children {
-    /// Starts two relays and two consumers, with logs in `logs`.
+    /// Starts two of each kind, with logs in `logs`.
     pub async fn start(logs: &Path, config: &Path, database_url: &str, amqp_url: &str) -> anyhow::Result<Self> {
         let environment =
             vec![("ONCEBOX_DATABASE_URL", database_url.to_owned()), ("ONCEBOX_AMQP_URL", amqp_url.to_owned())];
@@ -61,8 +63,9 @@ impl Children {
             slots: Mutex::default(),
             unexpected: Mutex::default(),
         };
-        for (kind, index) in
-            [Kind::Relay, Kind::Consumer].into_iter().flat_map(|kind| (0..EACH).map(move |i| (kind, i)))
+        for (kind, index) in [Kind::Relay, Kind::Consumer, Kind::Orchestrator]
+            .into_iter()
+            .flat_map(|kind| (0..EACH).map(move |i| (kind, i)))
         {
             File::create(children.log(kind, index)).context("a log file")?;
             let child = children.spawn(kind, index)?;
@@ -87,6 +90,7 @@ impl Children {
         match kind {
             Kind::Relay => command.arg("relay"),
             Kind::Consumer => command.arg("consume").arg("--config").arg(&self.config),
+            Kind::Orchestrator => command.arg("orchestrate"),
         };
         // Ctrl-C is for the demo: it ends its children itself, and in order.
         command.process_group(0).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);

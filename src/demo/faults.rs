@@ -41,6 +41,8 @@ pub enum Fault {
     KillRelay(usize),
     /// SIGKILL to a consumer.
     KillConsumer(usize),
+    /// SIGKILL to a saga orchestrator.
+    KillOrchestrator(usize),
     /// SIGSTOP to the active relay, SIGCONT when it has lost its lease.
     FreezeRelay,
     /// SIGKILL to the broker, then a restart.
@@ -74,6 +76,8 @@ pub fn plan(seed: u64, faults: Faults, orders: u64) -> Vec<Planned> {
             Fault::KillRelay(random.below(EACH as u64) as usize),
             Fault::KillConsumer(0),
             Fault::KillConsumer(1),
+            Fault::KillOrchestrator(0),
+            Fault::KillOrchestrator(1),
             Fault::KillBroker,
         ],
         Faults::Many => {
@@ -81,6 +85,7 @@ pub fn plan(seed: u64, faults: Faults, orders: u64) -> Vec<Planned> {
             kinds.extend([Fault::KillActiveRelay; 3]);
             for index in 0..EACH {
                 kinds.extend([Fault::KillRelay(index), Fault::KillConsumer(index), Fault::KillConsumer(index)]);
+                kinds.extend([Fault::KillOrchestrator(index); 2]);
             }
             kinds
         }
@@ -110,6 +115,7 @@ pub struct Done {
     pub relays: u32,
     pub active_relays: u32,
     pub consumers: u32,
+    pub orchestrators: u32,
     pub brokers: u32,
     pub postgres: u32,
     pub frozen: u32,
@@ -160,6 +166,11 @@ impl Targets<'_> {
                 self.children.kill(Kind::Consumer, index).await?;
                 done.lock().await.consumers += 1;
                 self.progress.note(&format!("kill -9 consumer {}", index + 1));
+            }
+            Fault::KillOrchestrator(index) => {
+                self.children.kill(Kind::Orchestrator, index).await?;
+                done.lock().await.orchestrators += 1;
+                self.progress.note(&format!("kill -9 orchestrator {}", index + 1));
             }
             Fault::FreezeRelay => {
                 let index = self.relay_at_work().await;

@@ -7,6 +7,7 @@
 
 mod books;
 mod children;
+mod deliveries;
 mod faults;
 mod progress;
 mod random;
@@ -18,6 +19,7 @@ use crate::node::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
 use anyhow::{Context, bail};
 use books::Books;
 use children::{Children, Kind};
+use deliveries::Deliveries;
 use faults::{Done, Faults, Targets};
 use progress::{Counts, Progress};
 use reconcile::{Evidence, Report, number};
@@ -165,7 +167,10 @@ impl Stage {
         let config = self.logs().join("oncebox.toml");
         fs::write(&config, shop::CONSUMER_CONFIG).with_context(|| config.display().to_string())?;
         let children = Children::start(&self.logs(), &config, &self.database_url, &self.amqp_url).await?;
-        progress.note(&format!("database and vhost {}; two relays, two consumers, eight writers", self.name));
+        progress.note(&format!(
+            "database and vhost {}; two relays, two consumers, two orchestrators, eight writers",
+            self.name
+        ));
 
         let counter = Arc::new(Counter::default());
         let (done, drained) = tokio::select! {
@@ -181,12 +186,14 @@ impl Stage {
         children.stop(Kind::Relay).await?;
         let wire = wire::read(&self.amqp_url).await.context("reading the wire")?;
         children.stop(Kind::Consumer).await?;
+        children.stop(Kind::Orchestrator).await?;
         troubles.extend(children.unexpected().await);
 
         let mut conn = shop::connect(&self.database_url).await?;
         let books = Books::read(&mut conn).await.context("reading the books")?;
         let unanswered = counter.unanswered();
         let compared = books::compare(&mut conn, (self.seed, self.orders), &unanswered, &wire).await?;
+        let deliveries = Deliveries::read(&mut conn).await.context("reading the sagas")?;
         crate::db::close(conn).await;
         let (committed, rolled_back) = (&counter.committed, &counter.rolled_back);
         Ok(reconcile::judge(Evidence {
@@ -194,6 +201,7 @@ impl Stage {
             rolled_back: rolled_back.load(Ordering::Relaxed),
             books,
             compared,
+            deliveries,
             wire,
             done,
             troubles,
@@ -322,6 +330,7 @@ impl Stage {
 
 async fn is_drained(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let drained = "select (select count(*) from billing.statement) >= (select count(*) from shop.customer)
+        and not exists (select from oncebox.saga where ended_at is null)
         and not exists (select from oncebox.outbox_held where state = 'waiting')
         and not exists (select from oncebox.inbox_held where state = 'waiting')";
     sqlx::query_scalar(drained).fetch_one(conn).await

@@ -1,6 +1,7 @@
 //! The reconciliation: books, wire and the clients' story side by side, as a table and a verdict.
 
 use super::books::{Books, Compared};
+use super::deliveries::Deliveries;
 use super::faults::Done;
 use super::shop::CUSTOMERS;
 use super::wire::Wire;
@@ -13,6 +14,7 @@ pub struct Evidence {
     pub rolled_back: u64,
     pub books: Books,
     pub compared: Compared,
+    pub deliveries: Deliveries,
     pub wire: Wire,
     pub done: Done,
     /// What went wrong with the processes, in words.
@@ -82,7 +84,7 @@ impl Report {
 
 /// Judges the evidence.
 pub fn judge(evidence: Evidence) -> Report {
-    let Evidence { committed, rolled_back, books, compared, wire, done, troubles } = evidence;
+    let Evidence { committed, rolled_back, books, compared, deliveries, wire, done, troubles } = evidence;
     let mut report = Report::new();
     let forgotten_lazily = compared.forgotten_lazily.len() as u64;
     // A crash may forget what was committed with synchronous_commit = off, and nothing else.
@@ -104,7 +106,12 @@ pub fn judge(evidence: Evidence) -> Report {
     report.none_shown_if_any("rolled back, and there", compared.risen.len() as u64, &compared.risen);
 
     let closings = CUSTOMERS as u64;
-    report.equal("messages in the outbox", count(books.messages), count(books.orders) + closings, number);
+    report.equal(
+        "messages of orders in the outbox",
+        count(books.shop_messages),
+        count(books.orders) + closings,
+        number,
+    );
     report.none_shown_if_any("orders without a message", count(books.unpublished), &[]);
     report.none_shown_if_any("messages without an order", count(books.unfounded_messages), &[]);
     report.equal("messages on the wire", wire.distinct(), count(books.messages), number);
@@ -129,11 +136,14 @@ pub fn judge(evidence: Evidence) -> Report {
     report.equal("  statements that agree with the shop", count(books.right_statements), closings, number);
     report.equal("money invoiced", count(books.invoiced_cents), count(books.ordered_cents), money);
 
-    let Done { relays, active_relays, consumers, brokers, postgres, frozen } = done;
+    judge_deliveries(&mut report, &deliveries);
+
+    let Done { relays, active_relays, consumers, orchestrators, brokers, postgres, frozen } = done;
     for (what, times) in [
         ("kill -9 of relays at work", active_relays),
         ("kill -9 of relays standing by", relays - active_relays),
         ("kill -9 of consumers", consumers),
+        ("kill -9 of orchestrators", orchestrators),
         ("kill -9 of RabbitMQ", brokers),
         ("kill -9 of PostgreSQL", postgres),
         ("relays frozen beyond their lease", frozen),
@@ -144,6 +154,26 @@ pub fn judge(evidence: Evidence) -> Report {
     }
     report.problems.extend(troubles);
     report
+}
+
+/// The sagas: each ended as it had to, and what was done or undone is what that end means.
+fn judge_deliveries(report: &mut Report, deliveries: &Deliveries) {
+    let Deliveries { sagas, orders_to_deliver, examples, .. } = deliveries;
+    report.equal("delivery sagas", count(*sagas), count(*orders_to_deliver), number);
+    report.equal("  completed", count(deliveries.completed), count(deliveries.to_complete), number);
+    report.equal("  compensated", count(deliveries.compensated), count(deliveries.to_compensate), number);
+    report.none("  that ended otherwise than they had to, or not", count(deliveries.wrong_end), examples);
+    report.none("  actions or compensations doubled", count(deliveries.doubled), &[]);
+    report.none("  effects that do not fit the end", count(deliveries.wrong_effects), &[]);
+    report.none("  compensations out of reverse order", count(deliveries.out_of_order), &[]);
+    report.none("  whose history does not add up", count(deliveries.unverified), &[]);
+    report.equal(
+        "money of accounts and takings",
+        count(deliveries.money_cents),
+        count(deliveries.money_before_cents),
+        money,
+    );
+    report.equal("pieces in stock and delivered", count(deliveries.pieces), count(deliveries.pieces_before), number);
 }
 
 /// Counts of rows are never negative.
@@ -180,6 +210,7 @@ mod tests {
             orders: 3,
             ordered_cents: 1_000,
             messages: 3 + closings,
+            shop_messages: 3 + closings,
             invoices: 3,
             invoiced_cents: 1_000,
             right_statements: closings,
@@ -191,7 +222,9 @@ mod tests {
             wire.observe(&delivery(&offset.to_string(), offset, "k", offset));
         }
         let compared = Compared::default();
-        Evidence { committed: 3, rolled_back: 1, books, compared, wire, done: Done::default(), troubles: vec![] }
+        let deliveries = Deliveries::default();
+        let done = Done::default();
+        Evidence { committed: 3, rolled_back: 1, books, compared, deliveries, wire, done, troubles: vec![] }
     }
 
     fn problems(change: impl Fn(&mut Evidence)) -> String {
@@ -218,7 +251,8 @@ mod tests {
         named(|e| e.compared.risen = vec![9], "rolled back, and there: 1 (order 9)");
         named(|e| e.compared.forgotten = vec![8], "committed orders forgotten: 1 (order 8)");
         named(|e| e.compared.forgotten_lazily = vec![8], "committed orders forgotten: 1 (order 8)");
-        named(|e| e.books.messages += 1, "messages in the outbox: 104, expected 103");
+        named(|e| e.books.shop_messages += 1, "messages of orders in the outbox: 104, expected 103");
+        named(|e| e.books.messages += 1, "messages on the wire: 103, expected 104");
         named(|e| e.books.unpublished = 1, "orders without a message: 1");
         named(|e| e.compared.not_on_wire = 1, "messages never on the wire: 1");
         named(|e| e.wire.observe(&delivery("x", 1, "k", 1)), "same offset, another message: 1");
@@ -232,6 +266,14 @@ mod tests {
         named(|e| e.books.waiting = 1, "waiting for another attempt: 1");
         named(|e| e.books.right_statements -= 1, "that agree with the shop: 99, expected 100");
         named(|e| e.books.invoiced_cents = 999, "money invoiced: 9.99, expected 10.00");
+        named(|e| e.deliveries.sagas = 1, "delivery sagas: 1, expected 0");
+        named(|e| e.deliveries.to_compensate = 1, "compensated: 0, expected 1");
+        named(|e| (e.deliveries.wrong_end, e.deliveries.examples) = (1, vec![4]), "or not: 1 (order 4)");
+        named(|e| e.deliveries.doubled = 1, "compensations doubled: 1");
+        named(|e| e.deliveries.wrong_effects = 1, "do not fit the end: 1");
+        named(|e| e.deliveries.out_of_order = 1, "out of reverse order: 1");
+        named(|e| e.deliveries.unverified = 1, "history does not add up: 1");
+        named(|e| e.deliveries.money_cents = 1, "money of accounts and takings: 0.01, expected 0.00");
         named(|e| e.troubles = vec!["relay 1 ended".to_owned()], "relay 1 ended");
     }
 

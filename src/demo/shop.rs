@@ -3,6 +3,7 @@
 //! Each order is a pure function of seed and number, so the reconciliation knows without asking which orders were
 //! rolled back. Billing has neither a unique constraint nor `on conflict`: a double effect would show.
 
+use super::deliveries::{self, Fate};
 use super::random::Random;
 use crate::db::{self, DbError, SessionOptions};
 use anyhow::Context;
@@ -33,7 +34,8 @@ create table shop.orders (
     id bigint primary key,
     customer integer not null references shop.customer,
     number integer not null,
-    amount_cents bigint not null
+    amount_cents bigint not null,
+    fate text
 );
 
 create schema billing;
@@ -80,6 +82,22 @@ name = "billing"
 queue = "billing"
 bindings = ["order.placed", "customer.closed"]
 handler = { sql = "billing.on_message" }
+
+# Participants of the delivery sagas.
+[[consumer]]
+name = "stock"
+bindings = ["stock.*"]
+handler = { sql = "stock.on_command" }
+
+[[consumer]]
+name = "pay"
+bindings = ["pay.*"]
+handler = { sql = "pay.on_command" }
+
+[[consumer]]
+name = "ship"
+bindings = ["ship.*"]
+handler = { sql = "ship.on_command" }
 "#;
 
 /// An order as its customer wants it.
@@ -92,6 +110,8 @@ pub struct Order {
     pub regretted: bool,
     /// Committed with `synchronous_commit = off`: a crash of Postgres may forget it, message and all.
     pub lazy: bool,
+    /// What becomes of its delivery, if it is to be delivered: a saga.
+    pub fate: Option<Fate>,
 }
 
 /// The order of that number, from 1.
@@ -103,6 +123,7 @@ pub fn order(seed: u64, id: u64) -> Order {
         amount_cents: 100 + random.below(20_000) as i64,
         regretted: random.below(10) == 0,
         lazy: random.below(3) == 0,
+        fate: (random.below(8) == 0).then(|| Fate::of(random.below(8))),
     }
 }
 
@@ -166,6 +187,7 @@ pub async fn connect(url: &str) -> Result<PgConnection, DbError> {
 pub async fn open(url: &str) -> anyhow::Result<()> {
     let mut conn = connect(url).await?;
     conn.execute(SCHEMA).await.context("the demo's own schemas")?;
+    deliveries::open(&mut conn).await.context("the participants of the sagas")?;
     let customers = "insert into shop.customer (id) select generate_series(1, $1)";
     sqlx::query(customers).bind(CUSTOMERS).execute(&mut conn).await?;
     db::close(conn).await;
@@ -245,11 +267,12 @@ async fn place(conn: &mut PgConnection, order: Order, committing: &mut bool) -> 
         .bind(order.customer)
         .fetch_one(&mut *transaction)
         .await?;
-    sqlx::query("insert into shop.orders (id, customer, number, amount_cents) values ($1, $2, $3, $4)")
+    sqlx::query("insert into shop.orders (id, customer, number, amount_cents, fate) values ($1, $2, $3, $4, $5)")
         .bind(order.id as i64)
         .bind(order.customer)
         .bind(number)
         .bind(order.amount_cents)
+        .bind(order.fate.map(Fate::name))
         .execute(&mut *transaction)
         .await?;
     sqlx::query(
@@ -263,6 +286,9 @@ async fn place(conn: &mut PgConnection, order: Order, committing: &mut bool) -> 
     .bind(order.amount_cents)
     .execute(&mut *transaction)
     .await?;
+    if let Some(fate) = order.fate {
+        deliveries::start(&mut transaction, order.id, order.customer, order.amount_cents, fate).await?;
+    }
     if order.regretted {
         transaction.rollback().await?;
         return Ok(End::RolledBack);

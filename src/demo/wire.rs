@@ -1,5 +1,6 @@
 //! What was on the wire: a queue of the demo's own, bound to everything, read after the relays have stopped.
 
+use super::deliveries;
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::broker::{Broker, Outcome, Publisher, QueueSpec, Subscription};
 use crate::message::{Delivery, Envelope, Headers, Message, MessageId, Position};
@@ -27,7 +28,7 @@ pub async fn declare(amqp_url: &str) -> anyhow::Result<()> {
         single_active_consumer: true,
         voids: false,
     };
-    for queue in [billing, tap()] {
+    for queue in [billing, tap()].into_iter().chain(deliveries::queues(EXCHANGE)) {
         broker.subscribe(&queue, 1).await.with_context(|| format!("queue \"{}\"", queue.name))?.close().await;
     }
     Ok(())
@@ -104,7 +105,7 @@ pub struct Wire {
     pub changed: u64,
     /// First occurrences that came after a later one of their key.
     pub out_of_order: u64,
-    /// Deliveries without id, place or number: not of the shop.
+    /// Deliveries without id, place or key: not of the shop.
     pub foreign: u64,
 }
 
@@ -113,9 +114,7 @@ impl Wire {
     pub fn observe(&mut self, delivery: &Delivery) {
         let body: Option<serde_json::Value> = serde_json::from_slice(&delivery.body).ok();
         let number = body.and_then(|body| body.get("number")?.as_i64());
-        let (Some(id), Some(place), Some(key), Some(number)) =
-            (&delivery.message_id, delivery.position(), delivery.key(), number)
-        else {
+        let (Some(id), Some(place), Some(key)) = (&delivery.message_id, delivery.position(), delivery.key()) else {
             self.foreign += 1;
             return;
         };
@@ -126,9 +125,12 @@ impl Wire {
         }
         self.by_place.insert((place.source, place.stream, place.offset), id.clone());
         self.changed += u64::from(!self.ids.insert(id.clone()));
-        let last = self.last_of_key.entry(key.to_owned()).or_default();
-        self.out_of_order += u64::from(number <= *last);
-        *last = number.max(*last);
+        // Commands and replies of sagas carry no number of a customer's.
+        if let Some(number) = number {
+            let last = self.last_of_key.entry(key.to_owned()).or_default();
+            self.out_of_order += u64::from(number <= *last);
+            *last = number.max(*last);
+        }
     }
 
     /// Different places.

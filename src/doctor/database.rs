@@ -1,6 +1,6 @@
 //! The database: settings that durability rests on, roles, schema, clock, and transactions left open.
 
-use super::{Finding, Severity};
+use super::{Finding, Severity, sagas};
 use crate::db::{self, DbError, SessionOptions};
 use crate::migrate;
 use sqlx::PgConnection;
@@ -31,7 +31,8 @@ const SETTINGS: &str = "
 
 const ROLES: &str = "
     select n.name, r.oid is not null, coalesce(pg_has_role(r.oid, 'usage'), false)
-    from unnest(array['oncebox_producer', 'oncebox_consumer', 'oncebox_relay', 'oncebox_admin']) as n (name)
+    from unnest(array['oncebox_producer', 'oncebox_consumer', 'oncebox_relay', 'oncebox_orchestrator',
+        'oncebox_admin']) as n (name)
     left join pg_roles as r on r.rolname = n.name
     order by n.name";
 
@@ -134,6 +135,12 @@ pub async fn check(what: &DatabaseCheck) -> Vec<Finding> {
         Err(error) => vec![unreachable(&what.name, &error)],
     };
     findings.extend(schema(&mut conn, &what.name).await);
+    if findings
+        .iter()
+        .all(|finding| finding.check != format!("{}: schema", what.name) || finding.severity == Severity::Ok)
+    {
+        findings.extend(sagas::check(&mut conn, &what.name).await);
+    }
     db::close(conn).await;
     findings
 }

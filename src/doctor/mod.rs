@@ -1,11 +1,12 @@
 //! `oncebox doctor`: what is wrong with the servers, before it costs a message.
 //!
-//! Each part gathers facts with bounded waits ([`database`], [`broker`], [`management`]) and judges them by pure
+//! Each part gathers facts with bounded waits ([`database`], [`sagas`], [`broker`], [`management`]) and judges them by pure
 //! functions. A server that cannot be reached is a finding too. Left out on purpose: mending anything.
 
 pub mod broker;
 pub mod database;
 pub mod management;
+pub mod sagas;
 
 use serde::Serialize;
 

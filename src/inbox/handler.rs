@@ -61,16 +61,17 @@ pub trait Handler: Send + Sync + 'static {
         false
     }
 
-    /// How it handles many messages in one statement, if it can.
+    /// How it handles many messages together, if it can.
     fn batches(&self) -> Option<&dyn BatchHandler> {
         None
     }
 }
 
-/// Applies many messages in one statement, inside the one transaction that accepted them all.
+/// Applies many messages in one statement, or a few for all of them, inside the one transaction that accepted them all.
 pub trait BatchHandler: Send + Sync {
-    /// Does the work of all, in this order, and nothing but that statement. If one of them cannot be applied, none is:
-    /// the caller rolls back and hands them to [`Handler::handle`] one by one.
+    /// Does the work of all, in this order. If one of them cannot be applied, none is: the caller rolls back and hands
+    /// them to [`Handler::handle`] one by one. It waits for nothing but the database; what
+    /// [`Handler::is_one_statement`] says holds here too.
     fn handle_all<'a>(&'a self, conn: &'a mut PgConnection, messages: &'a [&'a Received]) -> Handling<'a>;
 }
 
@@ -195,7 +196,7 @@ fn arguments(message: &Received) -> Result<(&str, String), HandlerError> {
 }
 
 /// The bytes as text that Postgres takes for `jsonb`: JSON without the NUL character, which it cannot store.
-fn jsonb_text(bytes: &[u8]) -> Result<&str, String> {
+pub(crate) fn jsonb_text(bytes: &[u8]) -> Result<&str, String> {
     let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8".to_owned())?;
     if text.contains("\\u0000") {
         let value: serde_json::Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;

@@ -23,6 +23,11 @@ const CLEAR_STEPS: u32 = 20;
 /// Delay after an error.
 const ERROR_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(500), cap: Duration::from_secs(30) };
 
+const CLEAR_BARRIER: &str = "select oncebox.saga_barrier_clear($1)";
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[CLEAR_BARRIER];
+
 /// How a janitor of the inbox runs.
 #[derive(Debug, Clone)]
 pub struct InboxJanitorOptions {
@@ -92,11 +97,14 @@ async fn round(conn: &mut PgConnection, clear_at: &mut Instant) -> Result<(), Db
         return Ok(());
     }
     for _ in 0..CLEAR_STEPS {
-        if !db::bounded("clearing the inbox", LIMIT, ledger::clear(conn, CLEAR_BATCH)).await? {
+        let inbox = db::bounded("clearing the inbox", LIMIT, ledger::clear(conn, CLEAR_BATCH)).await?;
+        let barrier = sqlx::query_scalar::<_, i64>(CLEAR_BARRIER).bind(CLEAR_BATCH).fetch_one(&mut *conn);
+        let barrier = db::bounded("clearing the barrier of sagas", LIMIT, barrier).await?;
+        if !inbox && barrier == 0 {
             *clear_at = Instant::now() + CLEAR_EVERY;
             return Ok(());
         }
-        tracing::debug!("forgot rows that the dedup window has passed");
+        tracing::debug!(barrier, "forgot rows that their window has passed");
     }
     Ok(())
 }

@@ -90,7 +90,8 @@ pub async fn resume_all(conn: &mut PgConnection) -> Result<i32, DbError> {
 }
 
 /// A pause as operators see it.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize, utoipa::ToSchema)]
+#[schema(as = Pause)]
 pub struct PauseEntry {
     /// Its id.
     pub id: i64,

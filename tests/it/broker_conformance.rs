@@ -120,6 +120,7 @@ on_both!(
     an_ack_of_an_unknown_delivery_ends_the_session,
     outcomes_may_be_cancelled,
     void_notices_reach_who_asked_for_them,
+    a_queue_of_ones_own_goes_with_its_session,
 );
 
 fn spec(name: &str, bindings: &[&str]) -> QueueSpec {
@@ -288,6 +289,44 @@ async fn bodies_and_headers_arrive_equal(place: &impl Place) {
         assert_eq!(theirs, message.headers);
         assert!(theirs["whole"].is_f64() && theirs["zero"].is_i64(), "a number changed its type");
     }
+}
+
+// Goal: a session's own queue gets what is bound to it, is nobody else's, and is gone when the session ended, in order or
+// not: the same name can be taken again, and what was not acknowledged does not come back.
+async fn a_queue_of_ones_own_goes_with_its_session(place: &impl Place) {
+    let mut publisher = place.broker().publisher(EXCHANGE).await.unwrap();
+    for in_order in [true, false] {
+        let mut own = soon("the queue", async {
+            loop {
+                match place.broker().listen(&spec("own", &["own.*"]), 10).await {
+                    Ok(own) => break own,
+                    // The broker has not noticed yet that its connection is gone.
+                    Err(error) => assert!(matches!(error, BrokerError::Topology { .. }), "{error}"),
+                }
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        let taken = place.broker().listen(&spec("own", &["own.*"]), 10).await.err().expect("it has an owner");
+        assert!(matches!(taken, BrokerError::Topology { kind: "queue", .. }), "{taken}");
+        let outcomes = publish(&mut publisher, &[envelope("own.a", 1), envelope("own.b", 2)]).await.unwrap();
+        assert_eq!(outcomes, [Outcome::Confirmed, Outcome::Confirmed]);
+        let deliveries = receive(&mut own, 2).await;
+        assert_eq!(numbers(&deliveries), [1, 2]);
+        own.ack(deliveries[0].tag).await.unwrap();
+        if in_order {
+            own.close().await;
+        } else {
+            drop(own);
+        }
+    }
+    soon("the end of the queue", async {
+        let topic = "own.a";
+        while !returned(&publish(&mut publisher, &[envelope(topic, 3)]).await.unwrap()[0]) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }
 
 // Goal: an acknowledgement is for one delivery, not for those before it.

@@ -74,7 +74,7 @@ async fn serve_answers() {
     let description = get(&address, "/openapi.yaml").await;
     assert_eq!((description.status, description.content_type.as_str()), (200, "application/yaml"));
     assert_eq!(description.body, oncebox::api::openapi_yaml());
-    for path in ["/", "/nowhere", "/healthz/", "/v1/nowhere?x=1"] {
+    for path in ["/", "/nowhere", "/healthz/", "/v2/nowhere?x=1"] {
         let answer = get(&address, path).await;
         assert_eq!((answer.status, answer.content_type.as_str()), (404, "application/problem+json"), "{path}");
         let problem = answer.json();

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod accept;
+mod api;
+mod api_limits;
 mod architecture;
 mod audit;
 mod batches;
@@ -26,6 +28,19 @@ mod receive;
 mod relay;
 mod replay;
 mod retention;
+mod saga;
+mod saga_api;
+mod saga_api_events;
+mod saga_barrier;
+mod saga_cli;
+mod saga_conformance;
+mod saga_crash;
+mod saga_decide;
+mod saga_enlisted;
+mod saga_model;
+mod saga_rules;
+mod saga_store;
+mod saga_verify;
 mod scale_out;
 mod source_guard;
 mod statements;

@@ -106,7 +106,7 @@ async fn databases_of_a_new_cluster_migrate_at_once() {
         assert!(status.success(), "{status}: {}", process.log());
     }
     let roles = "select count(*) from pg_roles where rolname like 'oncebox\\_%' and not rolcanlogin and not rolsuper";
-    assert_eq!(number(&mut connect(&cluster.url("postgres")).await, roles).await, 4);
+    assert_eq!(number(&mut connect(&cluster.url("postgres")).await, roles).await, 5);
 }
 
 /// Goal: `--status` tells what is applied and changes nothing.

@@ -1,7 +1,7 @@
 //! Goal: every SQL statement of the program fits the schema, and every one is found here: none hides in a call.
 
 use crate::support::Lab;
-use oncebox::{audit, cli, consumer, doctor, inbox, janitor, outbox, parked, relay, replay, status};
+use oncebox::{audit, cli, consumer, doctor, inbox, janitor, outbox, parked, relay, replay, saga, status, streams};
 use sqlx::{Executor, SqlSafeStr};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,7 @@ fn lists() -> Vec<(&'static str, &'static [&'static str])> {
         ("src/inbox/mod.rs", inbox::STATEMENTS),
         ("src/inbox/held.rs", inbox::held::STATEMENTS),
         ("src/inbox/handler.rs", inbox::handler::STATEMENTS),
+        ("src/janitor/inbox.rs", janitor::inbox::STATEMENTS),
         ("src/janitor/outbox.rs", janitor::outbox::STATEMENTS),
         ("src/outbox/history.rs", outbox::history::STATEMENTS),
         ("src/parked.rs", parked::STATEMENTS),
@@ -32,6 +33,27 @@ fn lists() -> Vec<(&'static str, &'static [&'static str])> {
         ("src/inbox/stream.rs", inbox::stream::STATEMENTS),
         ("src/outbox/void.rs", outbox::void::STATEMENTS),
         ("src/status.rs", status::STATEMENTS),
+        ("src/saga/orchestrator.rs", saga::orchestrator::STATEMENTS),
+        ("src/saga/replies.rs", saga::replies::STATEMENTS),
+        ("src/saga/store.rs", saga::store::STATEMENTS),
+        ("src/saga/store/act.rs", saga::store::act::STATEMENTS),
+        ("src/saga/store/definitions.rs", saga::store::definitions::STATEMENTS),
+        ("src/saga/participant.rs", saga::participant::STATEMENTS),
+        ("src/saga/read.rs", saga::read::STATEMENTS),
+        ("src/saga/read.rs", saga::read::STATEMENTS),
+        ("src/saga/start.rs", saga::start::STATEMENTS),
+        ("src/saga/store.rs", saga::store::STATEMENTS),
+        ("src/saga/store/act.rs", saga::store::act::STATEMENTS),
+        ("src/saga/store/definitions.rs", saga::store::definitions::STATEMENTS),
+        ("src/streams.rs", streams::STATEMENTS),
+        ("src/saga/participant.rs", saga::participant::STATEMENTS),
+        ("src/saga/verify.rs", saga::verify::STATEMENTS),
+        ("src/saga/verify/messages.rs", saga::verify::MESSAGE_STATEMENTS),
+        ("src/status/sagas.rs", status::sagas::STATEMENTS),
+        ("src/doctor/sagas.rs", doctor::sagas::STATEMENTS),
+        ("src/cli/saga/mod.rs", cli::saga::STATEMENTS),
+        ("src/cli/saga/list.rs", cli::saga::list::STATEMENTS),
+        ("src/cli/saga/start.rs", cli::saga::start::STATEMENTS),
     ];
     lists.extend(consumer::STATEMENTS.iter().map(|list| ("src/consumer/registration.rs", *list)));
     lists.extend(relay::STATEMENTS.iter().map(|list| ("src/relay/schedule.rs", *list)));
@@ -149,7 +171,8 @@ fn every_statement_is_listed() {
             .unwrap_or_default();
         assert_eq!(!list.is_empty(), listed.contains(file.as_str()), "{file}: its list and `lists` above");
         for name in CALLS {
-            for argument in arguments_of(code, name) {
+            // Without an argument it is a URL's query.
+            for argument in arguments_of(code, name).into_iter().filter(|argument| !argument.starts_with(')')) {
                 assert!(!argument.starts_with('"') && !argument.starts_with("r#"), "{file}: {name}({argument:.60}");
                 assert!(
                     !argument.starts_with("concat!") && !argument.starts_with("format!"),
@@ -171,10 +194,9 @@ fn every_statement_is_listed() {
         // Every constant that speaks of the schema is listed.
         for part in code.split("\nconst ").skip(1).chain(code.split("\npub const ").skip(1)) {
             let (head, value) = part.split_once('=').unwrap_or_default();
-            if head.contains("&str")
-                && !head.contains("[&str]")
-                && value[..value.find(';').unwrap_or(0)].contains("oncebox.")
-            {
+            let value = value[..value.find(';').unwrap_or(0)].trim();
+            // A name alone, as of a topic, is no statement.
+            if head.contains("&str") && !head.contains("[&str]") && value.contains("oncebox.") && value.contains(' ') {
                 assert!(list.contains(&word(part)), "{file}: {} is not in STATEMENTS", word(part));
             }
         }

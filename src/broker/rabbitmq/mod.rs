@@ -126,7 +126,11 @@ impl Broker for RabbitMq {
     }
 
     async fn subscribe(&self, queue: &QueueSpec, prefetch: u16) -> Result<RabbitSubscription, BrokerError> {
-        session::in_time(self, RabbitSubscription::open(self, queue, prefetch)).await
+        session::in_time(self, RabbitSubscription::open(self, queue, prefetch, false)).await
+    }
+
+    async fn listen(&self, queue: &QueueSpec, prefetch: u16) -> Result<RabbitSubscription, BrokerError> {
+        session::in_time(self, RabbitSubscription::open(self, queue, prefetch, true)).await
     }
 }
 

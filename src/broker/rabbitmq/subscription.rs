@@ -28,13 +28,22 @@ pub struct RabbitSubscription {
 }
 
 impl RabbitSubscription {
-    pub(super) async fn open(broker: &RabbitMq, spec: &QueueSpec, prefetch: u16) -> Result<Self, BrokerError> {
+    pub(super) async fn open(
+        broker: &RabbitMq,
+        spec: &QueueSpec,
+        prefetch: u16,
+        is_private: bool,
+    ) -> Result<Self, BrokerError> {
         let (major, _) = broker.server_version().await?;
         let session = Session::open(broker).await?;
         let lost = |error: lapin::Error| session::lost(&error);
         let channel = session.connection().create_channel().await.map_err(lost)?;
         session::declare_exchanges(broker, &channel, &spec.exchange).await?;
-        declare_queue(broker, &channel, spec, major).await?;
+        if is_private {
+            declare_private_queue(broker, &channel, spec).await?;
+        } else {
+            declare_queue(broker, &channel, spec, major).await?;
+        }
         let (queue, exchange) = (short("queue", &spec.name)?, short("exchange", &spec.exchange)?);
         // Void notices first: none may be missed for a stream whose messages come.
         let voids = spec.voids.then(|| short("exchange", &void_exchange(&spec.exchange))).transpose()?;
@@ -152,6 +161,13 @@ pub(super) async fn declare_queue(
         let mend = format!("delete it, or declare it durable with {}", asked.join(", "));
         session::topology(broker, "queue", &spec.name, &mend, &error)
     })
+}
+
+/// The broker deletes an exclusive queue with the connection that declared it.
+async fn declare_private_queue(broker: &RabbitMq, channel: &Channel, spec: &QueueSpec) -> Result<(), BrokerError> {
+    let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let declared = channel.queue_declare(short("queue", &spec.name)?, options, FieldTable::default()).await;
+    declared.map(drop).map_err(|error| session::topology(broker, "queue", &spec.name, "give it another name", &error))
 }
 
 /// Why the queue may not be consumed from.

@@ -4,10 +4,13 @@
 //! those that kill or freeze a server get their own ([`Lab::own`]). Everything goes when the test, or the whole test
 //! process, ends however it ends.
 
+pub mod api;
 pub mod endpoint;
+pub mod participant;
 pub mod process;
 pub mod proxy;
 pub mod rabbit;
+pub mod saga;
 pub mod storm;
 pub mod wire;
 
