@@ -1,12 +1,12 @@
 //! The REST API: what operators and dashboards ask and do, over HTTP.
 //!
-//! Every request passes [`limits`]: sizes, tokens, time, and errors as problems (RFC 9457). Everything below `/v1` needs
-//! a token ([`auth`]); `/healthz`, `/readyz`, `/metrics` and `/openapi.yaml` are open.
+//! Every request passes `limits`: sizes, tokens, time, and errors as problems (RFC 9457). Everything below `/v1` needs
+//! a token (`auth`); `/healthz`, `/readyz`, `/metrics` and `/openapi.yaml` are open.
 //!
 //! To add a resource, write a file with `routes() -> Router<ApiState>`, whose paths are whole (`/v1/…`), and a struct
-//! `Description` that derives `utoipa::OpenApi` over its operations, and name both in [`resources`]. A handler takes
-//! `State<ApiState>`, [`auth::Caller`] for the name that is recorded, [`request::Params`] (or `NoParams`),
-//! [`page::Page`], [`etag::Condition`], and last [`request::JsonBody`]; it answers `Result<_, Problem>`. Database work goes
+//! `Description` that derives `utoipa::OpenApi` over its operations, and name both in `resources`. A handler takes
+//! `State<ApiState>`, `auth::Caller` for the name that is recorded, `request::Params` (or `NoParams`),
+//! `page::Page`, `etag::Condition`, and last `request::JsonBody`; it answers `Result<_, Problem>`. Database work goes
 //! through `state.sessions.run(|conn| Box::pin(async move { … }))`, which ends whatever becomes of the client. Problems
 //! that any operation can answer, and the security scheme, are added to the description by themselves: an operation
 //! lists its own.

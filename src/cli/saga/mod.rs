@@ -1,7 +1,7 @@
 //! `oncebox saga …`: what operators see of sagas, and what they do to them.
 //!
-//! [`list`] and [`show`] look, [`operate`] acts, each act with its who and why in the history; [`start`] begins sagas and
-//! sends them signals, [`define`] keeps their definitions, [`verify`] holds what is recorded against itself. Everything
+//! `list` and `show` look, `operate` acts, each act with its who and why in the history; `start` begins sagas and
+//! sends them signals, `define` keeps their definitions, `verify` holds what is recorded against itself. Everything
 //! here is also a SQL statement or a request of the REST API; this puts words to it. A saga is named by its id, or as
 //! `DEFINITION/BUSINESS_KEY`; without a definition, as `/BUSINESS_KEY`.
 
