@@ -99,7 +99,7 @@ const SAGA_STUCK_SECONDS: Metric = (
 )]
 pub(super) async fn metrics(State(state): State<ApiState>, _: NoParams) -> Result<Response, Problem> {
     let look = async {
-        let _place = state.looks.acquire().await;
+        let _place = state.scrapes.acquire().await;
         let mut conn = status::connect(&state.database_url, "oncebox serve").await?;
         let status = status::look(&mut conn).await?;
         db::close(conn).await;

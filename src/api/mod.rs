@@ -43,16 +43,18 @@ use serde::Serialize;
 use sessions::Sessions;
 use std::ops::Deref;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
-use tokio::sync::Semaphore;
+use std::time::{Duration, Instant};
+use tokio::sync::{Mutex, Semaphore};
 use tokio_util::sync::CancellationToken;
 use utoipa::{OpenApi, ToSchema};
 
 /// Longest wait of `/readyz` for the database.
 const READY_LIMIT: Duration = Duration::from_secs(3);
-/// Sessions of `/readyz` and `/metrics` at a time; others wait. Whoever reaches the port may ask, and must not use up the
+/// For so long an answer of `/readyz` is given again. Whoever reaches the port may ask, and must not use up the
 /// database's connections.
-const LOOKS: usize = 4;
+const READY_AGE: Duration = Duration::from_millis(200);
+/// Sessions of `/metrics` at a time; others wait.
+const SCRAPES: usize = 2;
 
 /// What a server is told.
 #[derive(Debug, Clone)]
@@ -83,8 +85,10 @@ struct Shared {
     requests: Arc<Semaphore>,
     /// Audits at this moment.
     audits: Semaphore,
-    /// Sessions of `/readyz` and `/metrics` at this moment.
-    looks: Semaphore,
+    /// When `/readyz` last asked, and what it heard.
+    readiness: Mutex<Option<(Instant, Result<(), String>)>>,
+    /// Sessions of `/metrics` at this moment.
+    scrapes: Semaphore,
     /// Long polls and streams end with it.
     shutdown: CancellationToken,
 }
@@ -100,7 +104,8 @@ impl ApiState {
             metrics_are_open,
             requests: Arc::new(Semaphore::new(limits::REQUESTS)),
             audits: Semaphore::new(audit::AT_A_TIME),
-            looks: Semaphore::new(LOOKS),
+            readiness: Mutex::default(),
+            scrapes: Semaphore::new(SCRAPES),
             shutdown,
         }))
     }
@@ -190,6 +195,21 @@ async fn healthz(_: NoParams) -> Json<Health> {
     )
 )]
 async fn readyz(State(state): State<ApiState>, _: NoParams) -> Result<Json<Health>, Problem> {
+    // One asks, the others take its answer: however many ask, it is one session.
+    let mut last = state.readiness.lock().await;
+    let answer = match &*last {
+        Some((at, answer)) if at.elapsed() < READY_AGE => answer.clone(),
+        _ => {
+            let answer = is_ready(&state.database_url).await;
+            *last = Some((Instant::now(), answer.clone()));
+            answer
+        }
+    };
+    answer.map(|()| Json(Health { status: "ok" })).map_err(Problem::unavailable)
+}
+
+/// Whether the database answers, or why not.
+async fn is_ready(database_url: &str) -> Result<(), String> {
     let session = SessionOptions {
         application_name: "oncebox serve",
         statement_timeout: READY_LIMIT,
@@ -197,16 +217,13 @@ async fn readyz(State(state): State<ApiState>, _: NoParams) -> Result<Json<Healt
         index_scans_only: false,
     };
     let check = async {
-        let _place = state.looks.acquire().await;
-        let mut conn = db::connect(&state.database_url, session).await?;
+        let mut conn = db::connect(database_url, session).await?;
         migrate::check(&mut conn).await?;
         db::close(conn).await;
         Ok::<_, db::DbError>(())
     };
-    let detail = match tokio::time::timeout(READY_LIMIT, check).await {
-        Ok(Ok(())) => return Ok(Json(Health { status: "ok" })),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("the database did not answer within {READY_LIMIT:?}"),
-    };
-    Err(Problem::unavailable(detail))
+    match tokio::time::timeout(READY_LIMIT, check).await {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err(format!("the database did not answer within {READY_LIMIT:?}")),
+    }
 }

@@ -48,7 +48,7 @@ pub async fn run(args: StatusArgs, config: &Config) -> anyhow::Result<()> {
 fn tables(status: &Status) -> String {
     let mut text = format!("{}  source {}", status.at, status.source.current);
     if status.source.count > 1 {
-        text += &format!(" (the {}th of this outbox)", status.source.count);
+        text += &format!(" (number {} of this outbox)", status.source.count);
     }
     if let Some(rates) = &status.rates {
         text += &format!(

@@ -19,6 +19,7 @@ pub mod orchestrator;
 pub mod participant;
 pub mod read;
 pub mod replies;
+pub mod snapshot;
 pub mod start;
 pub mod state;
 pub mod store;

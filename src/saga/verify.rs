@@ -14,7 +14,6 @@
 mod compare;
 mod messages;
 mod refold;
-pub mod snapshot;
 
 use super::definition::{Definition, Work};
 use super::fold::Origin;

@@ -1,7 +1,7 @@
 //! Goal: dedup never forgets a message that carries its place: rows become ranges in the ledger as they come, rows go
 //! when the window has passed, and no order of accepts, folds, clears and crashes gives a second true or loses a place.
 
-use crate::support::{Lab, eventually_number, number};
+use crate::support::{LIMIT, Lab, eventually_number, number};
 use oncebox::db;
 use oncebox::inbox::ledger;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -319,10 +319,6 @@ async fn a_million_messages_leave_a_small_ledger() {
     let lab = Lab::shared().await;
     let mut conn = lab.connect().await;
     run(&mut conn, "set synchronous_commit = off").await;
-    // Who analyses a million new rows holds a snapshot, and as long as that takes old versions of other rows stay.
-    for leaf in 0..=16 {
-        run(&mut conn, &format!("alter table oncebox.inbox_{leaf} set (autovacuum_enabled = off)")).await;
-    }
     // Of each slice, every fiftieth offset comes with the next one, as messages that were sent again do.
     let slice = "insert into oncebox.inbox (leaf, consumer, message_id, source, stream, \"offset\", accepted_at)
         select oncebox.inbox_day_leaf(m.id), 'c', m.id, m.source, m.stream, m.n, clock_timestamp()
@@ -342,8 +338,18 @@ async fn a_million_messages_leave_a_small_ledger() {
     }
     assert_eq!(number(&mut conn, ROWS).await, 1_000_000);
     let size = |table| format!("select pg_total_relation_size('oncebox.{table}')::bigint");
-    let bytes = number(&mut conn, &size("inbox_ledger")).await;
-    let beside = number(&mut conn, &size("inbox_fold")).await;
+    // Whoever analyses a table meanwhile, catalogs too, holds a snapshot, and as long as that takes old versions of other
+    // rows stay: what counts is what is left without them.
+    let began = std::time::Instant::now();
+    let (bytes, beside) = loop {
+        run(&mut conn, "vacuum full oncebox.inbox_ledger").await;
+        run(&mut conn, "vacuum full oncebox.inbox_fold").await;
+        let sizes = (number(&mut conn, &size("inbox_ledger")).await, number(&mut conn, &size("inbox_fold")).await);
+        if sizes.0.max(sizes.1) <= 100_000 || began.elapsed() > LIMIT {
+            break sizes;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    };
     println!("1,000,000 messages on 10 streams: ledger {bytes} bytes, fold {beside} bytes");
     assert!(bytes <= 100_000 && beside <= 100_000, "ledger {bytes} bytes, fold {beside} bytes");
     let whole = "select count(*) from oncebox.inbox_ledger where offsets = '{[1,100001)}'";

@@ -4,7 +4,7 @@
 
 use crate::support::participant::define;
 use crate::support::wire::Tap;
-use crate::support::{LIMIT, Lab, Process, connect, eventually_number, number};
+use crate::support::{LIMIT, Lab, Process, connect, eventually, eventually_number, number};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Executor};
 use std::time::{Duration, Instant};
@@ -112,6 +112,9 @@ const POINTS: &[&str] = &[
     "consumer.batch_handled",
     "consumer.batch_committed",
 ];
+
+/// The place of the shop's relay among the crew.
+const RELAY: usize = 2;
 
 /// The processes, each of which can be killed and started again.
 struct Crew {
@@ -222,7 +225,13 @@ async fn a_thousand_sagas_through_crashes() {
         // Batches are rare in a storm: what comes again goes alone.
         let hit = format!("{point}={}", if point.starts_with("saga.") { 1 + n % 3 } else { 1 });
         crew.kill(0, Some(&hit)).await;
+        // A relay dies with messages that are confirmed and not yet settled: they come twice.
+        crew.kill(RELAY, Some("relay.confirmed=1")).await;
         start(&crew.shop, share * n as i64 + 1, share * (n as i64 + 1)).await;
+        eventually("the relay dies", async || crew.members[RELAY].1.log().contains("failpoint").then_some(())).await;
+        crew.members[RELAY].1.end().await;
+        crew.kills += 1;
+        crew.replace(RELAY, None).await;
         // Others die one after the other until the first has met its point, one in a phase at least.
         let (waiting, mut next) = (Instant::now(), 0);
         loop {

@@ -91,7 +91,7 @@ async fn restore_elsewhere(lab: &mut Lab, new_xids: &[&str]) -> Postgres {
     postgres.create_database(&lab.name).await.expect("a database");
     let url = postgres.url(&lab.name);
     let mut conn = connect(&url).await;
-    for role in ["producer", "consumer", "relay", "admin"] {
+    for role in ["producer", "consumer", "relay", "orchestrator", "admin"] {
         conn.execute(AssertSqlSafe(format!("create role oncebox_{role}"))).await.expect("a role");
     }
     let file = folder("dump").join("dump");

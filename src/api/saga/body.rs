@@ -5,10 +5,11 @@ use super::super::page::Listing;
 use super::super::sessions::Failure;
 use super::examples::Examples;
 use super::{actions, definitions, events, list, missing, parts, show, signals, start};
-use crate::saga::allowed::{self, Allowed};
+use crate::saga::allowed::Allowed;
 use crate::saga::decide::Action;
 use crate::saga::definition::Definition;
 use crate::saga::read::{self, Detail, SentSignal, Step, Summary};
+use crate::saga::snapshot;
 use crate::saga::store::Definitions;
 use crate::saga::{graph, state};
 use axum::Json;
@@ -74,7 +75,7 @@ impl SagaBody {
 pub(super) async fn load(conn: &mut PgConnection, definitions: &Definitions, id: Uuid) -> Result<SagaBody, Failure> {
     let (saga, definition) = load_defined(conn, definitions, id).await?;
     let allowed = match definition {
-        Some(definition) => Allowed::new(&allowed::state(&saga), &definition),
+        Some(definition) => Allowed::new(&snapshot::state(&saga, &[]), &definition),
         None => Allowed { saga: Vec::new(), steps: vec![Vec::new(); saga.steps.len()] },
     };
     Ok(SagaBody::new(saga, allowed))
@@ -87,7 +88,7 @@ pub(super) async fn load_defined(
     id: Uuid,
 ) -> Result<(Detail, Option<Arc<Definition>>), Failure> {
     let Some(saga) = read::show(conn, id).await? else { return Err(missing(conn, id).await) };
-    let followed = definitions.of(conn, &[allowed::state(&saga)]).await?.pop();
+    let followed = definitions.of(conn, &[snapshot::state(&saga, &[])]).await?.pop();
     let definition = followed.and_then(|followed| {
         followed.inspect_err(|error| tracing::warn!(saga.id = %id, %error, "a saga that cannot be moved was read")).ok()
     });

@@ -628,7 +628,7 @@ mod tests {
 
     fn view(detail: &Detail, undo: CompensationStatus, history: &[HistoryRow], now: &str, with_history: bool) -> View {
         View::new(Parts {
-            now: crate::saga::verify::snapshot::millis(&at(now)),
+            now: crate::saga::snapshot::millis(&at(now)),
             detail,
             compensations: &compensation(undo),
             history,

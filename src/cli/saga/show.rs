@@ -7,7 +7,7 @@ use super::{find, missing, now, style};
 use crate::config;
 use crate::saga::definition::Definition;
 use crate::saga::read::{self, Compensation, Detail, HistoryRow};
-use crate::saga::verify::snapshot;
+use crate::saga::snapshot;
 use clap::Args;
 use serde_json::json;
 use sqlx::PgConnection;

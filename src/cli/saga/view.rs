@@ -3,8 +3,8 @@
 use super::draw::{clean, cut, duration};
 use crate::saga::definition::{Definition, Retry, StepDefinition, Work};
 use crate::saga::read::{self, Detail, HistoryRow};
+use crate::saga::snapshot::{millis, state};
 use crate::saga::state::{CompensationStatus, Millis, Op, Outcome, Phase, Saga, SagaStatus, Step, StepStatus};
-use crate::saga::verify::snapshot::{millis, state};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
 use uuid::Uuid;

@@ -1,10 +1,10 @@
 //! A saga's rows against what its history comes to: pure.
 
 use super::refold::{Refolded, Written};
-use super::snapshot::{millis, state};
 use super::{Check, Finding};
 use crate::saga::definition::Definition;
 use crate::saga::read::{Compensation, Detail};
+use crate::saga::snapshot::{millis, state};
 use crate::saga::state::{Millis, Saga, Signal, Step};
 use serde_json::{Value, json};
 

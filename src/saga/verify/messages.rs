@@ -136,7 +136,7 @@ fn compare(id: Uuid, sent: &Sent, message: &Message, findings: &mut Vec<Finding>
     differ("content type", json!(content_type), json!("application/json"));
     let found = serde_json::from_slice(body).unwrap_or_else(|_| json!(format!("{} bytes, no JSON", body.len())));
     differ("body", found, command.body.clone());
-    let deadline = headers["oncebox-deadline"].as_str().map(super::snapshot::millis);
+    let deadline = headers["oncebox-deadline"].as_str().map(crate::saga::snapshot::millis);
     differ("header oncebox-deadline", json!(deadline.map(rfc3339)), json!(rfc3339(command.deadline)));
     for (name, expected) in [
         ("oncebox-saga", json!(id.to_string())),

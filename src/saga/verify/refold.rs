@@ -1,11 +1,11 @@
 //! A history computed again, row by row, and held against what its rows say came of them: pure.
 
-use super::snapshot::millis;
 use super::{Check, Finding};
 use crate::saga::decide::{Change, Changes, Limits, StepChange, decide};
 use crate::saga::definition::Definition;
 use crate::saga::fold::{self, Origin, Past};
 use crate::saga::read::HistoryRow;
+use crate::saga::snapshot::millis;
 use crate::saga::state::{Command, Event, Millis, Op, Saga, Step, StepStatus};
 use serde::Deserialize;
 use serde_json::{Value, json};

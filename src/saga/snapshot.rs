@@ -1,7 +1,7 @@
 //! What the reads gave, as decisions see it: the saga of `state` from the rows, without a lock.
 
-use crate::saga::read::{self, Detail};
-use crate::saga::state::{Compensation, Millis, Saga, Signal, Step};
+use super::read::{self, Detail};
+use super::state::{Compensation, Millis, Saga, Signal, Step};
 use serde_json::Value;
 use serde_json::value::RawValue;
 use time::OffsetDateTime;
@@ -13,16 +13,19 @@ pub fn millis(rfc3339: &str) -> Millis {
     time.map_or(0, |time| (time.unix_timestamp_nanos() / 1_000_000) as Millis)
 }
 
-/// The saga as decisions see it. The rows should be of one moment.
+/// The saga as decisions see it. The rows should be of one moment. Where a compensation is not among those given, its
+/// status alone is known: enough to say what is allowed.
 pub fn state(detail: &Detail, compensations: &[read::Compensation]) -> Saga {
     let summary = &detail.summary;
     let value = |raw: &RawValue| serde_json::from_str(raw.get()).unwrap_or(Value::Null);
     // An output of JSON's null is none, as it is when the program reads a saga.
     let some = |raw: &Option<Box<RawValue>>| raw.as_deref().map(value).filter(|value| !value.is_null());
     let time = |text: &Option<String>| text.as_deref().map(millis);
-    let undo = |step: &str| {
-        let found = compensations.iter().find(|compensation| compensation.step == step)?;
-        Some(Compensation { topic: found.topic.clone(), payload: some(&found.payload), status: found.status })
+    let undo = |step: &read::Step| match compensations.iter().find(|compensation| compensation.step == step.id) {
+        Some(found) => {
+            Some(Compensation { topic: found.topic.clone(), payload: some(&found.payload), status: found.status })
+        }
+        None => step.compensation.map(|status| Compensation { topic: String::new(), payload: None, status }),
     };
     let step = |step: &read::Step| Step {
         id: step.id.clone(),
@@ -33,7 +36,7 @@ pub fn state(detail: &Detail, compensations: &[read::Compensation]) -> Saga {
         due_at: time(&step.due_at),
         output: some(&step.output),
         error: step.error.clone(),
-        compensation: undo(&step.id),
+        compensation: undo(step),
     };
     let kept = detail.signals.iter().filter(|signal| signal.state == "kept");
     Saga {
