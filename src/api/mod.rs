@@ -50,10 +50,8 @@ use utoipa::{OpenApi, ToSchema};
 
 /// Longest wait of `/readyz` for the database.
 const READY_LIMIT: Duration = Duration::from_secs(3);
-/// For so long an answer of `/readyz` is given again. Whoever reaches the port may ask, and must not use up the
-/// database's connections.
-const READY_AGE: Duration = Duration::from_millis(200);
-/// Sessions of `/metrics` at a time; others wait.
+/// Sessions of `/metrics` at a time; others wait. Whoever reaches the port may ask, and must not use up the database's
+/// connections.
 const SCRAPES: usize = 2;
 
 /// What a server is told.
@@ -195,13 +193,15 @@ async fn healthz(_: NoParams) -> Json<Health> {
     )
 )]
 async fn readyz(State(state): State<ApiState>, _: NoParams) -> Result<Json<Health>, Problem> {
-    // One asks, the others take its answer: however many ask, it is one session.
+    // One asks, and those who came before it asked take its answer: however many ask, it is one session.
+    let came = Instant::now();
     let mut last = state.readiness.lock().await;
     let answer = match &*last {
-        Some((at, answer)) if at.elapsed() < READY_AGE => answer.clone(),
+        Some((asked, answer)) if *asked >= came => answer.clone(),
         _ => {
+            let asked = Instant::now();
             let answer = is_ready(&state.database_url).await;
-            *last = Some((Instant::now(), answer.clone()));
+            *last = Some((asked, answer.clone()));
             answer
         }
     };
