@@ -357,6 +357,12 @@ async fn the_audit_answers_with_its_findings() {
     lab.sql("select oncebox.publish('order.placed', '{}') from generate_series(1, 5)").await;
     eventually_number(&mut lab.connect().await, "select count(*) from app.effect", 5).await;
     consumer.stop().await;
+    // What the relay has not settled yet is not missing.
+    eventually("the relay has settled them", async || {
+        let audit = api.get("/v1/audit?grace=100ms").await.json();
+        (audit["streams"][0]["published"] == json!(5)).then_some(())
+    })
+    .await;
     let clean = api.get("/v1/audit?grace=100ms").await;
     assert_eq!(clean.status, 200, "{clean:?}");
     let clean = clean.json();

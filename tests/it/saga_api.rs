@@ -655,11 +655,11 @@ async fn long_polls_wake_up() {
         api.get(&format!("{path}?wait={wrong}")).await.problem(400, "malformed");
     }
 
-    // As many as may, and one more.
+    // More than may: some of them are told that no session is free.
     let headers = [("authorization", "Bearer read-token"), ("if-none-match", "\"2\"")];
     let request = crate::support::api::request(&api.address, "GET", &format!("{path}?wait=60s"), &headers, "");
     let mut waiting = Vec::new();
-    for _ in 0..100 {
+    for _ in 0..150 {
         let mut stream = tokio::net::TcpStream::connect(&api.address).await.expect("it listens");
         tokio::io::AsyncWriteExt::write_all(&mut stream, &request).await.expect("it reads");
         waiting.push(stream);
