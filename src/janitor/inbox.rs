@@ -3,8 +3,8 @@
 //! Every step is one call of a function in a transaction of its own, so a janitor that dies or freezes between two
 //! leaves nothing half-done and no lock behind.
 
-use crate::backoff::Backoff;
-use crate::db::{self, DbError, SessionOptions};
+use super::Rounds;
+use crate::db::{self, DbError};
 use crate::inbox::ledger;
 use sqlx::PgConnection;
 use std::time::{Duration, Instant};
@@ -20,8 +20,6 @@ const CLEAR_EVERY: Duration = Duration::from_secs(60);
 const CLEAR_BATCH: i32 = 10_000;
 /// Steps of clearing in a row, so that arrears do not keep folds waiting for long.
 const CLEAR_STEPS: u32 = 20;
-/// Delay after an error.
-const ERROR_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(500), cap: Duration::from_secs(30) };
 
 const CLEAR_BARRIER: &str = "select oncebox.saga_barrier_clear($1)";
 
@@ -38,54 +36,21 @@ pub struct InboxJanitorOptions {
 /// Folds and clears until `shutdown` is cancelled. Errors are logged and everything is tried again: what the janitor
 /// leaves undone costs space and the audit's freshness, never effects.
 pub async fn run(options: InboxJanitorOptions, shutdown: CancellationToken) {
-    let mut clear_at = Instant::now();
-    let mut conn = None;
-    let mut failures = 0;
-    while !shutdown.is_cancelled() {
-        let round = async {
-            let mut session = match conn.take() {
-                Some(session) => session,
-                None => connect(&options).await?,
-            };
-            round(&mut session, &mut clear_at).await?;
-            // Only a session that had no error is used again.
-            conn = Some(session);
-            Ok::<_, DbError>(())
-        };
-        let pause = tokio::select! {
-            result = round => match result {
-                Ok(()) => {
-                    failures = 0;
-                    FOLD_EVERY
-                }
-                Err(error) => {
-                    failures += 1;
-                    let delay = ERROR_BACKOFF.jittered(failures);
-                    tracing::warn!(%error, ?delay, "the inbox was not folded; it is tried again");
-                    delay
-                }
-            },
-            // A statement that is cut off ends in the server, or does nothing.
-            () = shutdown.cancelled() => return,
-        };
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = shutdown.cancelled() => {}
-        }
-    }
-    if let Some(conn) = conn {
-        db::close(conn).await;
-    }
+    super::go_round(&options.database_url, Janitor { clear_at: Instant::now() }, shutdown).await;
 }
 
-async fn connect(options: &InboxJanitorOptions) -> Result<PgConnection, DbError> {
-    let session = SessionOptions {
-        application_name: "oncebox janitor",
-        statement_timeout: LIMIT,
-        idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
-    };
-    db::connect(&options.database_url, session).await
+struct Janitor {
+    clear_at: Instant,
+}
+
+impl Rounds for Janitor {
+    const FAILED: &'static str = "the inbox was not folded";
+    const LIMIT: Duration = LIMIT;
+
+    async fn round(&mut self, conn: &mut PgConnection) -> Result<Duration, DbError> {
+        round(conn, &mut self.clear_at).await?;
+        Ok(FOLD_EVERY)
+    }
 }
 
 async fn round(conn: &mut PgConnection, clear_at: &mut Instant) -> Result<(), DbError> {

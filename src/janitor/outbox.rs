@@ -3,8 +3,9 @@
 //! Every step is one call of a function in a transaction of its own, so a janitor that dies or freezes between two
 //! leaves nothing half-done and no lock behind.
 
+use super::Rounds;
 use crate::backoff::Backoff;
-use crate::db::{self, DbError, SessionOptions};
+use crate::db::{self, DbError};
 use crate::outbox::lease;
 use sqlx::PgConnection;
 use std::collections::BTreeMap;
@@ -24,8 +25,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 const PAUSE_BEHIND: Duration = Duration::from_millis(50);
 /// Delay before a slot that somebody reads is tried again: each try makes relays wait for up to 100 ms.
 const LOCKED_BACKOFF: Backoff = Backoff { initial: Duration::from_secs(1), cap: Duration::from_secs(30) };
-/// Delay after an error.
-const ERROR_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(500), cap: Duration::from_secs(30) };
 /// How often at most it is said that the ring is stuck.
 const STUCK_EVERY: Duration = Duration::from_secs(60);
 
@@ -39,54 +38,8 @@ pub struct OutboxJanitorOptions {
 /// Keeps the log small until `shutdown` is cancelled. Errors are logged and everything is tried again: what the
 /// janitor leaves undone costs space, never messages.
 pub async fn run(options: OutboxJanitorOptions, shutdown: CancellationToken) {
-    let mut janitor = Janitor { slots: BTreeMap::new(), said_stuck: None };
-    let mut conn = None;
-    let mut failures = 0;
-    while !shutdown.is_cancelled() {
-        let round = async {
-            let mut session = match conn.take() {
-                Some(session) => session,
-                None => connect(&options).await?,
-            };
-            let pause = janitor.round(&mut session).await?;
-            // Only a session that had no error is used again.
-            conn = Some(session);
-            Ok::<_, DbError>(pause)
-        };
-        let pause = tokio::select! {
-            result = round => match result {
-                Ok(pause) => {
-                    failures = 0;
-                    pause
-                }
-                Err(error) => {
-                    failures += 1;
-                    let delay = ERROR_BACKOFF.jittered(failures);
-                    tracing::warn!(%error, ?delay, "the outbox was not tidied up; it is tried again");
-                    delay
-                }
-            },
-            // A statement that is cut off ends in the server, or does nothing.
-            () = shutdown.cancelled() => return,
-        };
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = shutdown.cancelled() => {}
-        }
-    }
-    if let Some(conn) = conn {
-        db::close(conn).await;
-    }
-}
-
-async fn connect(options: &OutboxJanitorOptions) -> Result<PgConnection, DbError> {
-    let session = SessionOptions {
-        application_name: "oncebox janitor",
-        statement_timeout: LIMIT,
-        idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
-    };
-    db::connect(&options.database_url, session).await
+    let janitor = Janitor { slots: BTreeMap::new(), said_stuck: None };
+    super::go_round(&options.database_url, janitor, shutdown).await;
 }
 
 const SLOTS: &str = "select slot from oncebox.outbox_slot order by slot";
@@ -123,7 +76,10 @@ impl Slot {
     }
 }
 
-impl Janitor {
+impl Rounds for Janitor {
+    const FAILED: &'static str = "the outbox was not tidied up";
+    const LIMIT: Duration = LIMIT;
+
     /// Clears first: the slot that gets free is the one to turn to. Returns how long to wait for the next round.
     async fn round(&mut self, conn: &mut PgConnection) -> Result<Duration, DbError> {
         let slots: Vec<i16> = db::bounded("the slots", LIMIT, sqlx::query_scalar(SLOTS).fetch_all(&mut *conn)).await?;
