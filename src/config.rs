@@ -13,6 +13,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Most messages of one transaction unless configured: from here on, more save little and hold locks for longer.
+const DEFAULT_BATCH: usize = 100;
+
 /// A setting is missing or wrong; one line, which names it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{setting}: {reason}")]
@@ -267,6 +270,11 @@ impl Config {
         }
     }
 
+    /// Whether there is a database at all.
+    pub fn has_database_url(&self) -> bool {
+        self.database_url.is_some()
+    }
+
     /// Whether there is a broker at all.
     pub fn has_amqp_url(&self) -> bool {
         self.amqp_url.is_some()
@@ -302,8 +310,10 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
     for binding in &table.bindings {
         short(&setting("bindings"), binding.clone())?;
     }
-    let batch = at_least_one(&setting("batch"), table.batch.unwrap_or(1), 1_000)?;
-    if batch > 1 && (order == Order::Stream || matches!(handler, HandlerConfig::Http { .. })) {
+    let one_by_one = order == Order::Stream || matches!(handler, HandlerConfig::Http { .. });
+    let batch = table.batch.unwrap_or(if one_by_one { 1 } else { DEFAULT_BATCH });
+    let batch = at_least_one(&setting("batch"), batch, 1_000)?;
+    if batch > 1 && one_by_one {
         return Err(ConfigError::new(setting("batch"), "is for SQL handlers with order \"key\" or \"none\""));
     }
     let max_attempts = table.max_attempts.unwrap_or(5);
@@ -519,6 +529,7 @@ mod tests {
         assert_eq!(config.listen.port(), 1);
         assert_eq!((config.exchange.as_str(), config.drain_deadline), ("oncebox", Duration::from_secs(10)));
         let consumer = &config.consumers[0];
+        assert_eq!(consumer.batch, 100);
         assert_eq!((consumer.queue.as_str(), consumer.concurrency, consumer.max_attempts), ("b", 8, 5));
         assert_eq!(consumer.order, Order::Key);
     }

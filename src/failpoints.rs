@@ -36,6 +36,24 @@ pub const ALL: &[&str] = &[
     "saga.due_committed",
 ];
 
+/// True if one of these points is armed: what is otherwise one statement is then done in steps, so that the process can
+/// end between them.
+#[cfg(not(feature = "failpoints"))]
+#[inline(always)]
+pub fn armed(_names: &[&'static str]) -> bool {
+    false
+}
+
+/// True if one of these points is armed: what is otherwise one statement is then done in steps, so that the process can
+/// end between them.
+#[cfg(feature = "failpoints")]
+pub fn armed(names: &[&'static str]) -> bool {
+    use std::sync::LazyLock;
+
+    static ARMED: LazyLock<String> = LazyLock::new(|| std::env::var("ONCEBOX_FAILPOINT").unwrap_or_default());
+    names.contains(&ARMED.split('=').next().unwrap_or_default())
+}
+
 /// Passes a point.
 #[cfg(not(feature = "failpoints"))]
 #[inline(always)]

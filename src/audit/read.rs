@@ -133,7 +133,7 @@ async fn unsettled(conn: &mut PgConnection) -> Result<BTreeMap<StreamId, i64>, D
         for (topic, count) in window::count_upto(conn, settled, resume.settled.seq).await? {
             offsets.skip(&topic, count);
         }
-        let (streams, bases) = offsets.take_keyframe();
+        let (streams, bases) = offsets.keyframe();
         let source = settled.source;
         found.extend(streams.into_iter().map(|stream| StreamId { source, stream }).zip(bases));
     }

@@ -1,135 +1,167 @@
-//! `oncebox bench`: what the relay does, beside what a bare client does with the same messages in the same run.
+//! `oncebox bench`: what oncebox does, beside its ceiling or what one would do otherwise, measured in the same run.
 //!
-//! Everything happens in databases, exchanges and queues of its own, which are dropped afterwards. Absolute rates say
-//! something about the machine; the ratio says something about oncebox.
+//! One file a measurement (`relay`, `saga`, …), each of which takes its turns on a `stage` and gives a
+//! `report::Measurement`; `ceiling` is the fastest program there can be for the broker; table, JSON and page show the
+//! same report. Everything happens in databases, exchanges and queues of its own, which are dropped afterwards, on given
+//! servers or on private ones. Absolute rates say something about the machine; the ratio says something about oncebox.
 
+mod all;
+mod backlog;
+mod bare;
+mod ceiling;
+mod cpu;
+mod end_to_end;
+mod figure;
+mod flow;
+mod frames;
+mod growth;
 mod inbox;
 mod latency;
+mod output;
+mod page;
+mod publish;
 mod relay;
+mod report;
 mod saga;
+mod scratch;
+mod servers;
+mod stage;
+mod svg;
+mod table;
+mod timed;
+mod write;
+mod writers;
 
-use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
-use crate::broker::{Broker, QueueSpec, Subscription};
-use crate::config::Config;
-use crate::message::{Envelope, Headers, Message, MessageId, Position};
-use crate::migrate;
+use crate::config::{Config, ConfigError};
 use clap::{Args, Subcommand};
-use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
-use lapin::{Channel, ConnectionProperties};
-use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
-use uuid::Uuid;
+use output::OutputOptions;
+use report::{Fact, Measurement, Report};
+use servers::{Needs, ServerOptions, Servers};
+use stage::Stage;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Exit code after Ctrl-C, as shells count it.
+const INTERRUPTED: u8 = 130;
 
 /// Arguments of `oncebox bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
     #[command(subcommand)]
-    what: What,
+    words: Words,
+    /// Times each side is measured; under 3 there is no median
+    #[arg(long, global = true, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    #[command(flatten)]
+    servers: ServerOptions,
+    #[command(flatten)]
+    output: OutputOptions,
+}
+
+#[derive(Debug, Subcommand)]
+enum Words {
+    #[command(flatten)]
+    One(What),
+    /// Everything that docs/performance.md shows, one after the other, on one page; takes two hours
+    All(all::AllBench),
 }
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Drain of a backlog, beside a bare lapin publisher of the same messages
+    /// What the broker alone can take, by a hand-framed client; beside lapin and oncebox's own publisher
+    Publish(publish::PublishBench),
+    /// Drain of a backlog by the relay, beside the broker's ceiling and a bare client
     Relay(relay::RelayBench),
-    /// Commit to confirm at a given rate
+    /// Commit to confirm and commit to effect at a given rate, beside the least that a machine needs
     Latency(latency::LatencyBench),
-    /// Drain of a queue by a consumer in batches, beside one message a transaction
+    /// What an outbox row adds to a business transaction
+    Write(write::WriteBench),
+    /// Drain of a queue by a consumer, beside its handler without an inbox and a bare client
     Inbox(inbox::InboxBench),
+    /// Writers, relay and consumer together for a while: does anything grow or get lost
+    EndToEnd(end_to_end::EndToEndBench),
     /// Sagas of three steps from start to end, beside chains of as many messages without a saga
     Saga(saga::SagaBench),
 }
 
-/// Runs a benchmark on the servers of the config and prints its table.
-pub async fn run(args: BenchArgs, config: &Config) -> anyhow::Result<()> {
-    match args.what {
-        What::Relay(bench) => relay::run(bench, config).await,
-        What::Latency(bench) => latency::run(bench, config).await,
-        What::Inbox(bench) => inbox::run(bench, config).await,
-        What::Saga(bench) => saga::run(bench, config).await,
+impl What {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Publish(_) => "publish",
+            Self::Relay(_) => "relay",
+            Self::Latency(_) => "latency",
+            Self::Write(_) => "write",
+            Self::Inbox(_) => "inbox",
+            Self::EndToEnd(_) => "end-to-end",
+            Self::Saga(_) => "saga",
+        }
+    }
+
+    /// Refuses what needs no server to be refused.
+    fn check(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Relay(bench) => bench.check(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Which servers it works on.
+    fn needs(&self) -> Needs {
+        match self {
+            Self::Publish(_) => Needs::BROKER,
+            Self::Write(bench) => bench.needs(),
+            Self::Relay(_) | Self::Latency(_) | Self::Inbox(_) | Self::EndToEnd(_) | Self::Saga(_) => Needs::BOTH,
+        }
+    }
+
+    async fn run(&self, stage: &Stage) -> anyhow::Result<Measurement> {
+        match self {
+            Self::Publish(bench) => publish::run(bench, stage).await,
+            Self::Relay(bench) => relay::run(bench, stage).await,
+            Self::Latency(bench) => latency::run(bench, stage).await,
+            Self::Write(bench) => write::run(bench, stage).await,
+            Self::Inbox(bench) => inbox::run(bench, stage).await,
+            Self::EndToEnd(bench) => end_to_end::run(bench, stage).await,
+            Self::Saga(bench) => saga::run(bench, stage).await,
+        }
     }
 }
 
-/// A database with the schema, for one measurement.
-struct Scratch {
-    name: String,
-    url: String,
-    server_url: String,
-}
-
-impl Scratch {
-    async fn create(server_url: &str) -> anyhow::Result<Self> {
-        let name = format!("oncebox_bench_{}", Uuid::now_v7().simple());
-        PgConnection::connect(server_url).await?.execute(AssertSqlSafe(format!("create database {name}"))).await?;
-        let (base, options) = server_url.split_once('?').map_or((server_url, ""), |(base, options)| (base, options));
-        let base = base.rsplit_once('/').map_or(base, |(base, _)| base);
-        let url = format!("{base}/{name}?{options}");
-        migrate::migrate(&url).await?;
-        Ok(Self { name, url, server_url: server_url.to_owned() })
-    }
-
-    async fn drop(self) -> anyhow::Result<()> {
-        let drop = format!("drop database {} with (force)", self.name);
-        PgConnection::connect(&self.server_url).await?.execute(AssertSqlSafe(drop)).await?;
-        Ok(())
+/// Measures and writes table, JSON and page.
+///
+/// # Errors
+/// A wrong option, a server that cannot be reached or started, or a measurement that did not come to its end.
+pub async fn run(args: BenchArgs, config: &Config) -> anyhow::Result<ExitCode> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut hang_up = signal(SignalKind::hangup())?;
+    tokio::select! {
+        measured = measure(&args, config) => measured.map(|()| ExitCode::SUCCESS),
+        _ = interrupt.recv() => Ok(ExitCode::from(INTERRUPTED)),
+        _ = terminate.recv() => Ok(ExitCode::from(INTERRUPTED)),
+        _ = hang_up.recv() => Ok(ExitCode::from(INTERRUPTED)),
     }
 }
 
-/// Runs a measurement with an exchange and a quorum queue of one's own, both of the name it is given, and removes both.
-async fn with_queue<T>(config: &Config, work: impl AsyncFnOnce(&str) -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let name = format!("oncebox-bench-{}", Uuid::now_v7().simple());
-    let spec = QueueSpec {
-        name: name.clone(),
-        exchange: name.clone(),
-        bindings: vec!["#".to_owned()],
-        single_active_consumer: false,
-        voids: false,
+async fn measure(args: &BenchArgs, config: &Config) -> anyhow::Result<()> {
+    let (name, needs) = match &args.words {
+        Words::One(what) => what.check().map(|()| (what.name(), what.needs()))?,
+        Words::All(all) => all.check().map(|()| ("all", Needs::BOTH))?,
     };
-    let broker = RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?))?;
-    broker.subscribe(&spec, 1).await?.close().await;
-    let result = work(&name).await;
-    let channel = channel(config).await?;
-    channel.queue_delete(name.as_str().into(), QueueDeleteOptions::default()).await?;
-    channel.exchange_delete(name.as_str().into(), ExchangeDeleteOptions::default()).await?;
-    result
-}
-
-async fn channel(config: &Config) -> anyhow::Result<Channel> {
-    let connection = lapin::Connection::connect(config.amqp_url()?, ConnectionProperties::default()).await?;
-    Ok(connection.create_channel().await?)
-}
-
-/// A message of the size and shape that the benchmarks publish.
-fn envelope(ordinal: i64, body: &str, keys: i64) -> Envelope {
-    let source = Uuid::nil();
-    Envelope {
-        message: Message {
-            id: MessageId(Uuid::now_v7()),
-            topic: "order.placed".to_owned(),
-            key: (keys > 0).then(|| format!("k{}", ordinal % keys)),
-            content_type: "application/json".to_owned(),
-            headers: Headers::new(),
-            body: body.as_bytes().to_vec(),
-            published_at_s: 1_700_000_000,
-        },
-        position: Position { source, stream: "order.placed#0".to_owned(), offset: ordinal },
-        ordinal,
-    }
-}
-
-/// A JSON text of so many bytes, as Postgres prints it.
-fn body(bytes: usize) -> String {
-    format!("{{\"text\": \"{}\"}}", "x".repeat(bytes.saturating_sub(12)))
-}
-
-/// CPU seconds of this process so far, user and system.
-fn cpu_seconds() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or_default();
-    // Linux counts in hundredths for every architecture this runs on.
-    (ticks(11) + ticks(12)) / 100.0
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+    let output = args.output.open(name)?;
+    let mut machine = report::machine();
+    let servers = Servers::open(&args.servers, config, needs).await?;
+    machine.extend(servers.facts().await?.into_iter().map(|(name, value)| Fact::new(name, value)));
+    let stage = Stage { servers, runs: args.runs as usize, key_window: config.key_window };
+    let (measurements, failures) = match &args.words {
+        Words::One(what) => (vec![what.run(&stage).await?], Vec::new()),
+        Words::All(all) => all.run(&stage).await?,
+    };
+    let mut warnings = report::warnings(stage.runs, &machine);
+    warnings.extend(stage.servers.silent());
+    warnings.extend(failures.iter().cloned());
+    stage.servers.end();
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    output.write(&Report { version, date: report::date(), runs: stage.runs, machine, warnings, measurements })?;
+    anyhow::ensure!(failures.is_empty(), "{}", failures.join("; "));
+    Ok(())
 }

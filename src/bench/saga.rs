@@ -4,10 +4,14 @@
 //! Relay, orchestrator and participants run in this process, on a database, an exchange and queues of their own. A saga of
 //! three steps is six messages, so the baseline is a chain of as many: each answered by the next one, by plain handlers.
 
-use super::{Scratch, cpu_seconds, median};
+use super::cpu::Spent;
+use super::figure::{Better, Measured, Section, Side};
+use super::report::Measurement;
+use super::scratch::{self, Scratch};
+use super::servers::Servers;
+use super::stage::{Stage, Turn};
 use crate::backoff::Backoff;
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
-use crate::config::Config;
 use crate::consumer::{self, ConsumerOptions, Order};
 use crate::inbox::handler::{Handler, SqlHandler};
 use crate::relay::{self, RelayOptions};
@@ -17,7 +21,6 @@ use crate::saga::replies::{self, Replies};
 use crate::saga::store::define;
 use anyhow::{Context, bail};
 use clap::Args;
-use comfy_table::Table;
 use lapin::options::{ExchangeDeleteOptions, QueueDeleteOptions};
 use sqlx::{Connection, Executor, PgConnection};
 use std::sync::Arc;
@@ -31,7 +34,7 @@ const LIMIT: Duration = Duration::from_secs(300);
 /// Most messages of a participant's transaction.
 const BATCH: usize = 100;
 /// Messages of a saga of three steps: a command and a reply each.
-const MESSAGES: i32 = 6;
+const MESSAGES: u32 = 6;
 
 const PARTICIPANTS: &str = "
     create table effect (saga uuid not null, step text not null);
@@ -80,57 +83,47 @@ pub(super) struct SagaBench {
     /// Seconds of that
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
-    /// Times each is measured
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
-    runs: u32,
 }
 
-/// What was measured in one database.
-struct Measured {
-    sagas_per_s: f64,
-    cpu_s: f64,
-    steps_ms: Vec<f64>,
-}
-
-pub(super) async fn run(bench: SagaBench, config: &Config) -> anyhow::Result<()> {
-    let (mut sagas, mut chains, mut cpu, mut steps_ms) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for run in 1..=bench.runs {
-        let chain = measure(config, async |conn: &mut PgConnection| chains_of(&bench, conn).await).await?;
-        let saga = measure(config, async |conn: &mut PgConnection| sagas_of(&bench, conn).await).await?;
-        eprintln!("run {run}: {:.0} sagas/s, {chain:.0} chains/s", saga.sagas_per_s);
-        sagas.push(saga.sagas_per_s);
-        cpu.push(saga.cpu_s);
-        chains.push(chain);
-        steps_ms.extend(saga.steps_ms);
+pub(super) async fn run(bench: &SagaBench, stage: &Stage) -> anyhow::Result<Measurement> {
+    let mut rates = Section::new(format!("{} at once, from start to end", bench.sagas), "a second", Better::Higher)
+        .side(Side::baseline("chains of six messages"))
+        .side(Side::subject("sagas of three steps").against("chains of six messages"));
+    let mut steps = Section::new("a step: command decided to reply recorded", "ms", Better::Lower)
+        .side(Side::subject(format!("at {} sagas a second", bench.rate)));
+    for turn in stage.turns(rates.sides()) {
+        let servers = &stage.servers;
+        if turn.side == 0 {
+            let spent = measure(servers, async |conn: &mut PgConnection| chains_of(bench, servers, conn).await).await?;
+            stage.record(&mut rates, turn, rate(bench, &spent));
+        } else {
+            let work = async |conn: &mut PgConnection| {
+                Ok((sagas_of(bench, servers, conn).await?, calm_sagas_of(bench, servers, conn).await?))
+            };
+            let (spent, calm) = measure(servers, work).await?;
+            stage.record(&mut rates, turn, rate(bench, &spent));
+            stage.record(&mut steps, Turn { side: 0, ..turn }, calm);
+        }
     }
-    let each = |rates: &[f64]| rates.iter().map(|rate| format!("{rate:.0}")).collect::<Vec<_>>().join(" ");
-    let mut table = Table::new();
-    table.set_header(["what", "a second, each run", "median", "ratio of medians", "CPU-s of this process per 1,000"]);
-    let base = median(chains.clone());
-    table.add_row(["chains of six messages", &each(&chains), &format!("{base:.0}"), "1.00", ""]);
-    let rate = median(sagas.clone());
-    let cpu = format!("{:.2}", median(cpu) * 1_000.0 / bench.sagas as f64);
-    table.add_row(["sagas of three steps", &each(&sagas), &format!("{rate:.0}"), &format!("{:.2}", rate / base), &cpu]);
-    println!("{} at once", bench.sagas);
-    println!("{table}");
-    steps_ms.sort_by(f64::total_cmp);
-    let at = |share: f64| steps_ms[((steps_ms.len() - 1) as f64 * share) as usize];
-    println!(
-        "a step at {} sagas/s, command decided to reply recorded: p50 {:.1} ms, p99 {:.1} ms ({} steps)",
-        bench.rate,
-        at(0.5),
-        at(0.99),
-        steps_ms.len()
-    );
-    Ok(())
+    Ok(Measurement::new("saga", "What does a saga cost over its messages?")
+        .setting("messages of a saga", MESSAGES)
+        .setting("participants' batch", BATCH)
+        .section(&rates)
+        .section(&steps)
+        .note("CPU is for 100,000 messages: a saga of three steps is six, as is a chain. Relay, orchestrator and participants run in this process."))
+}
+
+/// Sagas, or chains, a second.
+fn rate(bench: &SagaBench, spent: &Spent) -> Measured {
+    Measured::of(bench.sagas as f64 / spent.seconds, bench.sagas.unsigned_abs() * u64::from(MESSAGES), spent)
 }
 
 /// Runs a measurement beside a relay, an orchestrator and participants, and removes everything.
 async fn measure<T>(
-    config: &Config,
+    servers: &Servers,
     work: impl AsyncFnOnce(&mut PgConnection) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let scratch = Scratch::create(config.database_url()?).await?;
+    let scratch = Scratch::create(servers.database_url()?).await?;
     let mut conn = PgConnection::connect(&scratch.url).await?;
     conn.execute(PARTICIPANTS).await?;
     let faults = |faults: Vec<Fault>| anyhow::anyhow!("the definition of the benchmark: {faults:?}");
@@ -141,7 +134,7 @@ async fn measure<T>(
     let exchange = format!("oncebox-bench-{}", Uuid::now_v7().simple());
     let shutdown = CancellationToken::new();
     let mut tasks = JoinSet::new();
-    let broker = || RabbitMq::new(RabbitMqOptions::new(config.amqp_url()?)).map(Arc::new).map_err(anyhow::Error::from);
+    let broker = || RabbitMq::new(RabbitMqOptions::new(servers.amqp_url()?)).map(Arc::new).map_err(anyhow::Error::from);
     let sql = |name: &str| SqlHandler::new(name).map(|handler| Arc::new(handler) as Arc<dyn Handler>);
     let consumers: [(&str, &str, Arc<dyn Handler>); 3] = [
         ("participants", "step.*", sql("participate")?),
@@ -169,7 +162,7 @@ async fn measure<T>(
         tasks
             .spawn(async move { consumer::run(broker, handler, options, shutdown).await.map_err(anyhow::Error::from) });
     }
-    wait_for_queues(config, &queues).await?;
+    wait_for_queues(servers, &queues).await?;
     let options = RelayOptions {
         database_url: scratch.url.clone(),
         exchange: exchange.clone(),
@@ -195,7 +188,7 @@ async fn measure<T>(
     };
     shutdown.cancel();
     while tasks.join_next().await.is_some() {}
-    let channel = super::channel(config).await?;
+    let channel = scratch::channel(servers).await?;
     for queue in queues {
         channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default()).await?;
     }
@@ -205,13 +198,13 @@ async fn measure<T>(
 }
 
 /// Nothing may be published before its queue is bound.
-async fn wait_for_queues(config: &Config, queues: &[String]) -> anyhow::Result<()> {
+async fn wait_for_queues(servers: &Servers, queues: &[String]) -> anyhow::Result<()> {
     let began = Instant::now();
     for queue in queues {
         loop {
             // A passive declaration of a queue that is not there ends the channel.
             let options = lapin::options::QueueDeclareOptions { passive: true, ..Default::default() };
-            let channel = super::channel(config).await?;
+            let channel = scratch::channel(servers).await?;
             let found = channel.queue_declare(queue.as_str().into(), options, Default::default()).await;
             if found.is_ok_and(|queue| queue.consumer_count() > 0) {
                 break;
@@ -237,8 +230,8 @@ async fn reach(conn: &mut PgConnection, query: &'static str, expected: i64) -> a
     }
 }
 
-async fn chains_of(bench: &SagaBench, conn: &mut PgConnection) -> anyhow::Result<f64> {
-    let began = Instant::now();
+async fn chains_of(bench: &SagaBench, servers: &Servers, conn: &mut PgConnection) -> anyhow::Result<Spent> {
+    let meter = servers.meter();
     sqlx::query(
         "select oncebox.publish('chain', jsonb_build_object('id', n, 'n', 1), key => n::text)
         from generate_series(1, $1::bigint) as n",
@@ -247,19 +240,26 @@ async fn chains_of(bench: &SagaBench, conn: &mut PgConnection) -> anyhow::Result
     .execute(&mut *conn)
     .await?;
     reach(conn, "select count(*) from link", bench.sagas * i64::from(MESSAGES)).await?;
-    Ok(bench.sagas as f64 / began.elapsed().as_secs_f64())
+    Ok(meter.spent())
 }
 
-async fn sagas_of(bench: &SagaBench, conn: &mut PgConnection) -> anyhow::Result<Measured> {
-    let (began, cpu_before) = (Instant::now(), cpu_seconds());
+/// How many sagas have come to their end.
+const ENDED: &str = "select count(*) from oncebox.saga where status = 'completed'";
+
+async fn sagas_of(bench: &SagaBench, servers: &Servers, conn: &mut PgConnection) -> anyhow::Result<Spent> {
+    let meter = servers.meter();
     let start = "select oncebox.saga_start('bench', $2 || n, jsonb_build_object('n', n)) from generate_series(1, $1::bigint) as n";
     sqlx::query(start).bind(bench.sagas).bind("all-").execute(&mut *conn).await?;
-    let ended = "select count(*) from oncebox.saga where status = 'completed'";
-    reach(conn, ended, bench.sagas).await?;
-    let (sagas_per_s, cpu_s) = (bench.sagas as f64 / began.elapsed().as_secs_f64(), cpu_seconds() - cpu_before);
+    reach(conn, ENDED, bench.sagas).await?;
+    let spent = meter.spent();
     let effects: i64 = sqlx::query_scalar("select count(*) from effect").fetch_one(&mut *conn).await?;
     anyhow::ensure!(effects == 3 * bench.sagas, "{effects} effects of {} sagas", bench.sagas);
+    Ok(spent)
+}
 
+/// The times of steps without a backlog; after [`sagas_of`].
+async fn calm_sagas_of(bench: &SagaBench, servers: &Servers, conn: &mut PgConnection) -> anyhow::Result<Measured> {
+    let meter = servers.meter();
     let calm = i64::from(bench.rate * bench.seconds);
     let mut ticks = tokio::time::interval(Duration::from_secs(1) / bench.rate);
     for n in 1..=calm {
@@ -269,7 +269,8 @@ async fn sagas_of(bench: &SagaBench, conn: &mut PgConnection) -> anyhow::Result<
             .execute(&mut *conn)
             .await?;
     }
-    reach(conn, ended, bench.sagas + calm).await?;
+    reach(conn, ENDED, bench.sagas + calm).await?;
+    let spent = meter.spent();
     // Each row of a calm saga's history but the first two holds a reply; the row before it sent the command.
     let steps = "
         select extract(epoch from h.at - lag(h.at) over (partition by h.saga_id order by h.seq))::float8 * 1000, h.event
@@ -278,5 +279,5 @@ async fn sagas_of(bench: &SagaBench, conn: &mut PgConnection) -> anyhow::Result<
     let rows: Vec<(Option<f64>, String)> =
         sqlx::query_as(steps).fetch_all(conn).await.context("the times of the steps")?;
     let steps_ms = rows.into_iter().filter(|(_, event)| event == "reply").filter_map(|(ms, _)| ms).collect();
-    Ok(Measured { sagas_per_s, cpu_s, steps_ms })
+    Ok(Measured::latency(steps_ms, calm.unsigned_abs() * u64::from(MESSAGES), &spent))
 }

@@ -143,6 +143,10 @@ pub trait Broker: Send + Sync + 'static {
 
 /// A publishing session: persistent, mandatory, confirmed. After any error the session is over, and whatever
 /// had no outcome yet may or may not have reached a queue.
+///
+/// The session lives in the calls alone: what was published goes out, heartbeats are exchanged and an alarm is heard of
+/// while [`outcomes`](Self::outcomes) is awaited. Who keeps a session awaits it also with nothing unconfirmed; one that
+/// is left alone for twice the heartbeat is taken for dead by the broker.
 pub trait Publisher: Send + 'static {
     /// How many messages [`publish`](Self::publish) takes now without waiting for outcomes; 0 means first take
     /// some [`outcomes`](Self::outcomes).
@@ -154,18 +158,19 @@ pub trait Publisher: Send + 'static {
     /// True while the broker has told the session to send nothing (a memory or disk alarm).
     fn is_blocked(&self) -> bool;
 
-    /// Sends one message under the caller's `ticket`, which comes back with its outcome. Call it only with
-    /// capacity left. Not cancel safe.
+    /// Takes one message under the caller's `ticket`, which comes back with its outcome. It may be on its way only when
+    /// [`outcomes`](Self::outcomes) is awaited next. Call it only with capacity left: without, it waits for room, and then
+    /// is where an ended session shows. Not cancel safe.
     fn publish(&mut self, ticket: u64, envelope: &Envelope) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
     /// Sends a void notice to the queues that asked for them, likewise; without such a queue the broker confirms and
     /// drops it.
     fn publish_void(&mut self, ticket: u64, void: &Void) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
-    /// Waits for the next batch of exact outcomes and appends it to `into`; pends while nothing is unconfirmed.
-    /// A return is never mistaken for a confirm, whatever else is in flight. Cancel safe. Fails with
-    /// [`BrokerError::TimedOut`] when the oldest unconfirmed message has waited too long on a session that is
-    /// not blocked.
+    /// Waits for the next batch of exact outcomes and appends it to `into`; pends while nothing is unconfirmed, and
+    /// keeps the session alive meanwhile. A return is never mistaken for a confirm, whatever else is in flight. Cancel
+    /// safe. Fails with [`BrokerError::TimedOut`] when the oldest unconfirmed message has waited too long on a session
+    /// that is not blocked; what waited to be sent is then never sent.
     fn outcomes(&mut self, into: &mut Vec<(u64, Outcome)>) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
     /// Ends the session in order, within a short limit.
@@ -182,6 +187,16 @@ pub trait Subscription: Send + 'static {
 
     /// Acknowledges one delivery of this session, and it alone.
     fn ack(&mut self, tag: u64) -> impl Future<Output = Result<(), BrokerError>> + Send;
+
+    /// Acknowledges these deliveries, each alone: what lies between their tags stays unacknowledged.
+    fn ack_all(&mut self, tags: &[u64]) -> impl Future<Output = Result<(), BrokerError>> + Send {
+        async move {
+            for tag in tags {
+                self.ack(*tag).await?;
+            }
+            Ok(())
+        }
+    }
 
     /// Ends the session in order, within a short limit; the broker redelivers what was not acknowledged.
     fn close(self) -> impl Future<Output = ()> + Send;

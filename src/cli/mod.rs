@@ -166,7 +166,7 @@ async fn execute(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Token(args) => token::run(&args)?,
         Command::Openapi => print!("{}", crate::api::openapi_yaml()),
         Command::Demo(args) => return crate::demo::run(args).await,
-        Command::Bench(args) => crate::bench::run(args, &load(None)?).await?,
+        Command::Bench(args) => return crate::bench::run(args, &load(None)?).await,
         Command::Node(args) => node::run(args).await?,
     }
     Ok(ExitCode::SUCCESS)

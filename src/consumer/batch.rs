@@ -2,13 +2,18 @@
 //! a few for the handler, so that many effects share one commit. It takes what waits and never waits for more.
 //!
 //! If anything fails, the transaction is rolled back and its messages go one by one, in order, each in its own: so one's
-//! failure touches no other. A consumer has one batch transaction at a time, over all its processes. Where handlers are
-//! slow, sharing a commit saves nothing and running side by side does: then deliveries are passed on to the workers
-//! for a while. Waiting deliveries are theirs anyway.
+//! failure touches no other. A consumer has one batch transaction at a time, over all its processes. Where the handler is
+//! slow and workers side by side are faster (`pace`), deliveries are passed on to them for a while; and so they are while a
+//! message waits for a lock or anything else that passes, for the others must not wait for it. Waiting deliveries are
+//! theirs anyway.
 
-use super::worker::{Failure, MARGIN, Worker, accept_error, commit_failure, ended, stands, within};
+use super::pace::Pace;
+use super::worker::{
+    Failure, MARGIN, Times, Worker, accept_error, commit_failure, ended, handler_failure, stands, within,
+};
 use super::{Job, Order, Settled, worker_of};
 use crate::failpoints;
+use crate::inbox::handler::SqlHandler;
 use crate::inbox::held::{self, Reason};
 use crate::inbox::{self, Received, Reception};
 use crate::message::Delivery;
@@ -16,31 +21,26 @@ use sqlx::Connection;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-/// Size of the first batch, and of the first after a failure; it doubles with each that succeeds in time.
-const FIRST_SIZE: usize = 8;
-/// Longer batches are halved: they keep locks, and other processes out.
-const LONG_BATCH: Duration = Duration::from_millis(200);
-/// A handler that takes longer for a message gains more from workers side by side than from shared commits.
-const SLOW_HANDLER: Duration = Duration::from_millis(2);
-/// It is also that much slower than the inbox: if both are slow, the database is.
-const SLOWER_THAN_INBOX: u32 = 8;
-/// Slow batches in a row after which deliveries are passed on: the first ones of a session plan their statements.
-const SLOW_BATCHES: u32 = 3;
-/// For so long they are.
-const PASS_ON: Duration = Duration::from_secs(10);
 /// Bytes of payload after which a batch takes no more.
 const MAX_BYTES: usize = 8 << 20;
 /// Deliveries passed on at a time: more than any prefetch.
 const MAX_PASSED_ON: u32 = 4_096;
 
+/// Longest wait of a batch for a lock: all its messages wait along.
+const LOCK_LIMIT: Duration = Duration::from_secs(1);
+/// How long the workers are waited for before batches begin again: if one is stuck, deliveries keep going past it.
+const WORKERS_LIMIT: Duration = Duration::from_millis(100);
+
 /// Works until stopped; a batch that has begun is finished first.
-pub(super) async fn run(worker: Worker, workers: Vec<mpsc::Sender<Job>>, stop: CancellationToken) {
-    let size = FIRST_SIZE.min(worker.options.batch);
+pub(super) async fn run(mut worker: Worker, workers: Vec<mpsc::Sender<Job>>, stop: CancellationToken) {
+    worker.lock_limit = Some(LOCK_LIMIT);
+    let side_by_side = worker.handler.batches().is_some_and(|batches| !batches.shares_its_work());
+    let pace = Pace::new(worker.options.batch, if side_by_side { workers_of(&worker) } else { 1 });
     let passed_on = Arc::new(Semaphore::new(MAX_PASSED_ON as usize));
-    let batching = Batching { worker, workers, passed_on, pass_on_until: None, size, slow: 0, round: 0, carried: None };
+    let batching = Batching { worker, workers, passed_on, pace, round: 0, carried: None };
     batching.run(&stop).await;
 }
 
@@ -49,18 +49,10 @@ struct Batching {
     workers: Vec<mpsc::Sender<Job>>,
     /// Holds a permit less for each delivery that a worker has in hand.
     passed_on: Arc<Semaphore>,
-    pass_on_until: Option<Instant>,
-    size: usize,
-    slow: u32,
+    pace: Pace,
     round: u64,
     /// Taken from the queue, and not part of the batch before it.
     carried: Option<(u64, Delivery)>,
-}
-
-/// What the two statements of a batch took.
-struct Times {
-    inbox: Duration,
-    handler: Duration,
 }
 
 /// Messages of one transaction, in the order they came.
@@ -98,8 +90,8 @@ impl Batching {
                     () = stop.cancelled() => return None,
                     job = async { self.worker.jobs.lock().await.recv().await } => match job? {
                         Job::Delivery { session, delivery, .. } => (session, delivery),
-                        // Waiting deliveries go to the workers.
-                        Job::Retry(_) => continue,
+                        // Others go to the workers.
+                        Job::Taken { .. } | Job::Retry(_) => continue,
                     },
                 },
             };
@@ -119,7 +111,7 @@ impl Batching {
         let mut bytes = first.body.len();
         batch.take(first);
         let Ok(mut jobs) = self.worker.jobs.try_lock() else { return batch };
-        while batch.messages.len() < self.size && bytes < MAX_BYTES {
+        while batch.messages.len() < self.pace.size() && bytes < MAX_BYTES {
             let Ok(Job::Delivery { session, delivery, .. }) = jobs.try_recv() else { break };
             if session != batch.session || !may_share(&delivery) || batch.has(&delivery) {
                 self.carried = Some((session, delivery));
@@ -143,76 +135,132 @@ impl Batching {
             None
         };
         match together {
-            Some(Ok(times)) => {
-                self.learn(batch.messages.len(), times);
-                for tag in batch.tags {
-                    if self.worker.settled.send(Settled { session: batch.session, tag }).await.is_err() {
-                        return false;
-                    }
+            Some(Ok((times, behind))) => {
+                self.learn(batch.messages.len(), Some(times));
+                if !self.hold_behind(&batch, behind, stop).await {
+                    return false;
                 }
-                return true;
+                let settled = Settled { session: batch.session, tags: batch.tags };
+                return self.worker.settled.send(settled).await.is_ok();
             }
             Some(Err(failure)) => {
                 tracing::info!(
                     consumer = self.worker.options.name, messages = batch.messages.len(), %failure,
                     "a batch was rolled back: its messages go one by one");
-                self.size = FIRST_SIZE.min(self.worker.options.batch);
+                self.pace.failed();
+                if matches!(failure, Failure::Transient(_)) {
+                    self.pace.stuck(Instant::now());
+                }
             }
-            None => self.size = (2 * self.size).min(self.worker.options.batch),
+            None => {}
         }
-        for (tag, message) in batch.tags.into_iter().zip(&batch.messages) {
-            let turn = Arc::clone(&turns).read_owned().await;
-            let done = self.worker.bring(message, false, stop).await;
-            drop(turn);
-            if !done || self.worker.settled.send(Settled { session: batch.session, tag }).await.is_err() {
+        let alone = batch.messages.len() == 1;
+        for (tag, message) in batch.tags.into_iter().zip(batch.messages) {
+            if !self.bring(batch.session, tag, message, stop).await {
+                return false;
+            }
+        }
+        if alone && !self.pace.is_aside() {
+            self.learn(1, self.worker.took);
+        }
+        true
+    }
+
+    /// Brings one message to a committed outcome, or has its worker do so if that would keep the others waiting; false once
+    /// stopped.
+    async fn bring(&mut self, session: u64, tag: u64, message: Received, stop: &CancellationToken) -> bool {
+        if self.pace.is_aside() {
+            return self.hand_over(session, tag, message, stop).await;
+        }
+        self.worker.took = None;
+        let turn = Arc::clone(&self.worker.shared.turns).read_owned().await;
+        let done = match self.worker.attempt(&message, &mut false).await {
+            Ok(()) => true,
+            Err(failure @ (Failure::Handler(_) | Failure::CutOff(_))) => {
+                self.worker.bear(&message, failure, 1, stop).await.unwrap_or(false)
+            }
+            Err(failure) => {
+                tracing::info!(
+                    consumer = self.worker.options.name, message.id = %message.id, %failure,
+                    "a message must wait: it goes to a worker, and so do those behind it");
+                self.pace.stuck(Instant::now());
+                false
+            }
+        };
+        drop(turn);
+        match done {
+            true => self.worker.settled.send(Settled { session, tags: vec![tag] }).await.is_ok(),
+            false if self.pace.is_aside() => self.hand_over(session, tag, message, stop).await,
+            false => false,
+        }
+    }
+
+    async fn hand_over(&mut self, session: u64, tag: u64, message: Received, stop: &CancellationToken) -> bool {
+        self.round += 1;
+        let worker = worker_of(message.key.as_deref(), self.workers.len(), self.round);
+        self.send_on(worker, stop, |passed_on| Job::Taken { session, tag, message: Box::new(message), passed_on }).await
+    }
+
+    /// Holds what a batch that is one statement found behind its key; false if the worker was stopped before.
+    async fn hold_behind(&mut self, batch: &Batch, behind: Vec<usize>, stop: &CancellationToken) -> bool {
+        for n in behind {
+            if !self.worker.hold(&batch.messages[n], &Reason::BehindKey, stop).await {
                 return false;
             }
         }
         true
     }
 
-    fn learn(&mut self, messages: usize, Times { inbox, handler }: Times) {
-        self.size = match inbox + handler > LONG_BATCH {
-            true => (self.size / 2).max(2),
-            false => (2 * self.size).min(self.worker.options.batch),
-        };
-        let slow = handler > SLOW_HANDLER * messages as u32 && handler > SLOWER_THAN_INBOX * inbox;
-        self.slow = if slow { self.slow + 1 } else { 0 };
-        if self.slow >= SLOW_BATCHES {
-            tracing::info!(consumer = self.worker.options.name, "the handler is slow: no batches for a while");
-            (self.slow, self.size) = (SLOW_BATCHES - 1, FIRST_SIZE.min(self.worker.options.batch));
-            self.pass_on_until = Some(Instant::now() + PASS_ON);
+    fn learn(&mut self, messages: usize, times: Option<Times>) {
+        if self.pace.applied(messages, times, Instant::now()) {
+            tracing::debug!(consumer = self.worker.options.name, "the handler is slow: trying workers side by side");
         }
+    }
+
+    fn in_hand(&self) -> usize {
+        MAX_PASSED_ON as usize - self.passed_on.available_permits()
     }
 
     /// Whether deliveries are passed on now. When that ends, waits until the workers have done theirs: a key's order
     /// would not survive two hands.
     async fn passes_on(&mut self, stop: &CancellationToken) -> bool {
-        match self.pass_on_until {
-            Some(until) if Instant::now() < until => true,
-            Some(_) => {
-                tokio::select! {
-                    _ = self.passed_on.acquire_many(MAX_PASSED_ON) => {}
-                    () = stop.cancelled() => return true,
-                }
-                self.pass_on_until = None;
-                false
-            }
-            None => false,
+        if !self.pace.is_aside() {
+            return false;
         }
+        let Some(verdict) = self.pace.look_back(self.in_hand(), Instant::now()) else { return true };
+        let idle = tokio::time::timeout(WORKERS_LIMIT, self.passed_on.acquire_many(MAX_PASSED_ON));
+        let idle = tokio::select! {
+            idle = idle => idle.is_ok(),
+            () = stop.cancelled() => return true,
+        };
+        if !idle {
+            self.pace.stuck(Instant::now());
+            return true;
+        }
+        tracing::debug!(consumer = self.worker.options.name, ?verdict, "batches again, after workers side by side");
+        false
     }
 
     async fn pass_on(&mut self, session: u64, delivery: Delivery, stop: &CancellationToken) -> bool {
         self.round += 1;
-        let worker = &self.workers[worker_of(delivery.key(), self.workers.len(), self.round)];
+        self.pace.hand_on(self.in_hand());
+        let worker = worker_of(delivery.key(), self.workers.len(), self.round);
+        self.send_on(worker, stop, |passed_on| Job::Delivery { session, delivery, passed_on }).await
+    }
+
+    /// Gives a worker a job; false once stopped.
+    async fn send_on(
+        &self,
+        worker: usize,
+        stop: &CancellationToken,
+        job: impl FnOnce(Option<OwnedSemaphorePermit>) -> Job,
+    ) -> bool {
+        let sending = async {
+            let permit = Arc::clone(&self.passed_on).acquire_owned().await.ok();
+            self.workers[worker].send(job(permit)).await.is_ok()
+        };
         tokio::select! {
-            permit = Arc::clone(&self.passed_on).acquire_owned() => {
-                let job = Job::Delivery { session, delivery, passed_on: permit.ok() };
-                tokio::select! {
-                    sent = worker.send(job) => sent.is_ok(),
-                    () = stop.cancelled() => false,
-                }
-            }
+            sent = sending => sent,
             () = stop.cancelled() => false,
         }
     }
@@ -238,41 +286,70 @@ impl Batch {
     }
 }
 
+fn workers_of(worker: &Worker) -> usize {
+    worker.options.concurrency.max(1)
+}
+
+/// What is one statement otherwise.
+const STEPS: &[&str] = &["consumer.batch_accepted", "consumer.batch_handled"];
+
 impl Worker {
-    /// One transaction: receive all, handle the new ones, hold those behind their key, commit.
-    async fn apply_batch(&mut self, messages: &[Received]) -> Result<Times, Failure> {
-        let by_key = self.options.order == Order::Key;
-        let (options, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
+    /// One transaction: receive all, handle the new ones, commit; in one statement where the handler is one. What is
+    /// behind its key is held in it, or left to the caller by its number.
+    async fn apply_batch(&mut self, messages: &[Received]) -> Result<(Times, Vec<usize>), Failure> {
+        let handler = Arc::clone(&self.handler);
         let limit = self.options.handler_timeout + 3 * MARGIN;
-        let conn = self.session().await?;
-        let work = async {
-            let mut transaction = conn.begin().await?;
-            inbox::take_batch_turn(&mut transaction, &options.name).await?;
-            let began = Instant::now();
-            let receptions = inbox::receive_all(&mut transaction, &options.name, messages, by_key).await;
-            let receptions = receptions.map_err(accept_error)?;
-            let of = |wanted: Reception| {
-                let both = messages.iter().zip(&receptions);
-                both.filter(|(_, reception)| **reception == wanted).map(|(message, _)| message).collect::<Vec<_>>()
-            };
-            let inbox = began.elapsed();
-            failpoints::pass("consumer.batch_accepted");
-            let new = of(Reception::New);
-            if let (Some(batches), [first, ..]) = (handler.batches(), &new[..]) {
-                ended(batches.handle_all(&mut transaction, &new), &options).await?;
-                stands(&*handler, &mut transaction, first, &options).await?;
-            }
-            let times = Times { inbox, handler: began.elapsed() - inbox };
-            failpoints::pass("consumer.batch_handled");
-            for message in of(Reception::BehindKey) {
-                held::hold(&mut transaction, &options.name, message, &Reason::BehindKey).await?;
-            }
-            transaction.commit().await.map_err(commit_failure)?;
-            failpoints::pass("consumer.batch_committed");
-            Ok(times)
+        let result = match handler.as_function().filter(|_| !failpoints::armed(STEPS)) {
+            Some(function) => within(limit, self.apply_batch_at_once(function, messages)).await,
+            None => within(limit, self.apply_batch_in_steps(messages)).await.map(|times| (times, Vec::new())),
         };
-        let result = within(limit, work).await;
         self.keep_session(&result).await;
         result
+    }
+
+    async fn apply_batch_at_once(
+        &mut self,
+        function: &SqlHandler,
+        messages: &[Received],
+    ) -> Result<(Times, Vec<usize>), Failure> {
+        let options = Arc::clone(&self.options);
+        let conn = self.session().await?;
+        let by_key = options.order == Order::Key;
+        let applied = function.receive_and_apply_all(conn, &options.name, messages, by_key).await;
+        let applied = applied.map_err(handler_failure)?;
+        failpoints::pass("consumer.batch_committed");
+        let behind = applied.receptions.iter().enumerate().filter(|(_, reception)| **reception == Reception::BehindKey);
+        let behind = behind.map(|(n, _)| n).collect();
+        Ok((Times { inbox: applied.inbox, handler: applied.handler }, behind))
+    }
+
+    async fn apply_batch_in_steps(&mut self, messages: &[Received]) -> Result<Times, Failure> {
+        let by_key = self.options.order == Order::Key;
+        let (options, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
+        let conn = self.session().await?;
+        let mut transaction = conn.begin().await?;
+        inbox::take_batch_turn(&mut transaction, &options.name).await?;
+        let began = Instant::now();
+        let receptions = inbox::receive_all(&mut transaction, &options.name, messages, by_key).await;
+        let receptions = receptions.map_err(accept_error)?;
+        let of = |wanted: Reception| {
+            let both = messages.iter().zip(&receptions);
+            both.filter(|(_, reception)| **reception == wanted).map(|(message, _)| message).collect::<Vec<_>>()
+        };
+        let inbox = began.elapsed();
+        failpoints::pass("consumer.batch_accepted");
+        let new = of(Reception::New);
+        if let (Some(batches), [first, ..]) = (handler.batches(), &new[..]) {
+            ended(batches.handle_all(&mut transaction, &new), &options).await?;
+            stands(&*handler, &mut transaction, first, &options).await?;
+        }
+        let times = Times { inbox, handler: began.elapsed() - inbox };
+        failpoints::pass("consumer.batch_handled");
+        for message in of(Reception::BehindKey) {
+            held::hold(&mut transaction, &options.name, message, &Reason::BehindKey).await?;
+        }
+        transaction.commit().await.map_err(commit_failure)?;
+        failpoints::pass("consumer.batch_committed");
+        Ok(times)
     }
 }

@@ -7,6 +7,7 @@
 //! handler allows it, one worker (`batch`) takes all deliveries instead, many in a transaction.
 
 mod batch;
+mod pace;
 mod registration;
 mod retry;
 mod returned;
@@ -17,6 +18,7 @@ use crate::backoff::Backoff;
 use crate::broker::{Broker, BrokerError, QueueSpec, Subscription};
 use crate::db::DbError;
 use crate::failpoints;
+use crate::inbox::Received;
 use crate::inbox::handler::Handler;
 use crate::inbox::held::Due;
 use crate::message::Delivery;
@@ -32,12 +34,15 @@ use uuid::Uuid;
 use worker::Worker;
 
 /// Every statement of this room, for the test that prepares them all.
-pub const STATEMENTS: &[&[&str]] = &[registration::STATEMENTS];
+pub const STATEMENTS: &[&[&str]] = &[registration::STATEMENTS, worker::STATEMENTS];
 
 /// Deliveries on their way for each worker: enough that none waits for the broker.
 const PREFETCH_PER_WORKER: usize = 16;
 /// Delay before a new subscription, or a new look after the database failed.
 const RECONNECT_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
+
+/// Workers' reports that are acknowledged together: no more than there are workers, as a rule.
+const SETTLED_AT_A_TIME: usize = 256;
 
 /// Longest look at waiting deliveries, or at where streams begin.
 const LOOK_LIMIT: Duration = Duration::from_secs(10);
@@ -103,14 +108,16 @@ pub enum ConsumerError {
 enum Job {
     /// A delivery of the subscription with this number; with what the batch worker waits for, if that passed it on.
     Delivery { session: u64, delivery: Delivery, passed_on: Option<OwnedSemaphorePermit> },
+    /// The same, with the message taken out, which the batch worker could not apply for now.
+    Taken { session: u64, tag: u64, message: Box<Received>, passed_on: Option<OwnedSemaphorePermit> },
     /// A waiting delivery whose turn has come.
     Retry(Due),
 }
 
-/// A delivery that is committed and may be acknowledged.
+/// Deliveries that are committed and may be acknowledged.
 struct Settled {
     session: u64,
-    tag: u64,
+    tags: Vec<u64>,
 }
 
 /// Consumes until `shutdown` is cancelled; then lets running handlers end within the drain deadline.
@@ -125,8 +132,8 @@ pub async fn run<B: Broker>(
 ) -> Result<(), ConsumerError> {
     let options = Arc::new(options);
     let batching = options.batch > 1 && options.order != Order::Stream && handler.batches().is_some();
-    // Room for a batch in hand and the next one.
-    let for_batches = if batching { 2 * options.batch } else { 0 };
+    // Room for a batch in hand, the next one, and as many on their way: acknowledged, and not replaced yet.
+    let for_batches = if batching { 4 * options.batch } else { 0 };
     let prefetch = (options.concurrency.max(1) * PREFETCH_PER_WORKER).max(for_batches).min(4_096);
     let (settled_sender, settled) = mpsc::channel(prefetch);
     let shared = Arc::new(Shared::default());
@@ -205,7 +212,7 @@ pub async fn run<B: Broker>(
     tokio::select! {
         result = work => result,
         () = deadline(&shutdown, options.drain_deadline) => {
-            tracing::warn!(consumer = options.name, "the drain deadline passed: running handlers are rolled back");
+            tracing::warn!(consumer = options.name, "the drain deadline passed: running handlers are not waited for, and what they commit is done");
             Ok(())
         }
     }
@@ -337,6 +344,7 @@ impl<B: Broker> Consuming<B> {
     ) -> Result<(), BrokerError> {
         let mut round = 0;
         let mut first = true;
+        let mut settled = Vec::new();
         loop {
             tokio::select! {
                 delivery = subscription.next(), if !stop_workers.is_cancelled() => {
@@ -352,9 +360,9 @@ impl<B: Broker> Consuming<B> {
                         self.hand_out(subscription, delivery, round, shutdown).await?;
                     }
                 }
-                settled = self.settled.recv() => match settled {
-                    Some(settled) => self.acknowledge(subscription, settled).await?,
-                    None => return Ok(()),
+                count = self.settled.recv_many(&mut settled, SETTLED_AT_A_TIME) => match count {
+                    0 => return Ok(()),
+                    _ => self.acknowledge(subscription, &mut settled).await?,
                 },
                 () = shutdown.cancelled(), if !stop_workers.is_cancelled() => stop_workers.cancel(),
             }
@@ -372,6 +380,7 @@ impl<B: Broker> Consuming<B> {
     ) -> Result<(), BrokerError> {
         let line = stream::line(self.options.order, &delivery);
         let queue = self.queues[worker_of(line, self.queues.len(), round)].clone();
+        let mut settled = Vec::new();
         loop {
             tokio::select! {
                 permit = queue.reserve() => {
@@ -381,7 +390,9 @@ impl<B: Broker> Consuming<B> {
                     }
                     return Ok(());
                 }
-                Some(settled) = self.settled.recv() => self.acknowledge(subscription, settled).await?,
+                1.. = self.settled.recv_many(&mut settled, SETTLED_AT_A_TIME) => {
+                    self.acknowledge(subscription, &mut settled).await?;
+                }
                 // Not handed out, not acknowledged: the broker delivers it again.
                 () = shutdown.cancelled() => return Ok(()),
             }
@@ -389,9 +400,15 @@ impl<B: Broker> Consuming<B> {
     }
 
     /// A tag of an earlier session is dead: the broker delivers that message again.
-    async fn acknowledge(&self, subscription: &mut B::Subscription, settled: Settled) -> Result<(), BrokerError> {
-        if settled.session == self.session {
-            subscription.ack(settled.tag).await?;
+    async fn acknowledge(
+        &self,
+        subscription: &mut B::Subscription,
+        settled: &mut Vec<Settled>,
+    ) -> Result<(), BrokerError> {
+        let present = settled.drain(..).filter(|settled| settled.session == self.session);
+        let tags: Vec<u64> = present.flat_map(|settled| settled.tags).collect();
+        if !tags.is_empty() {
+            subscription.ack_all(&tags).await?;
             failpoints::pass("consumer.acknowledged");
         }
         Ok(())

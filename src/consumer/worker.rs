@@ -3,6 +3,7 @@
 //! A job ends only when its outcome is committed: applied, held, or parked. Errors of the connection or the server
 //! are waited out and do not count as attempts; the handler's own failures do.
 
+mod at_once;
 mod outside;
 
 use super::{ConsumerOptions, Job, Jobs, Settled, Shared, stream};
@@ -36,6 +37,24 @@ pub(super) struct Worker {
     pub(super) settled: mpsc::Sender<Settled>,
     pub(super) shared: Arc<Shared>,
     pub(super) conn: Option<PgConnection>,
+    /// What the last message took that was applied in one statement.
+    pub(super) took: Option<Times>,
+    /// Longest wait for a lock, if it is to be shorter than the usual.
+    pub(super) lock_limit: Option<Duration>,
+}
+
+const LOCK_LIMIT: &str = "select set_config('lock_timeout', $1, false)";
+
+/// Every statement of this file, for the test that prepares them all.
+pub(super) const STATEMENTS: &[&str] = &[LOCK_LIMIT];
+
+/// What one or more messages of a transaction took.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Times {
+    /// Accepting them.
+    pub(super) inbox: Duration,
+    /// The handler's work.
+    pub(super) handler: Duration,
 }
 
 /// Why a job's transaction did not commit.
@@ -87,7 +106,7 @@ impl Worker {
         settled: mpsc::Sender<Settled>,
         shared: Arc<Shared>,
     ) -> Self {
-        Self { number, options, handler, jobs, settled, shared, conn: None }
+        Self { number, options, handler, jobs, settled, shared, conn: None, took: None, lock_limit: None }
     }
 
     /// Works until stopped; a job that has begun is finished first.
@@ -106,6 +125,16 @@ impl Worker {
                 Job::Delivery { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
                 Job::Delivery { session, delivery, passed_on } => {
                     if !self.deliver_and_settle(session, delivery, &stop).await {
+                        break;
+                    }
+                    drop(passed_on);
+                }
+                Job::Taken { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
+                Job::Taken { session, tag, message, passed_on } => {
+                    let turn = Arc::clone(&self.shared.turns).read_owned().await;
+                    let done = self.bring(&message, false, &stop).await;
+                    drop(turn);
+                    if !done || self.settled.send(Settled { session, tags: vec![tag] }).await.is_err() {
                         break;
                     }
                     drop(passed_on);
@@ -142,7 +171,7 @@ impl Worker {
         let turn = Arc::clone(&self.shared.turns).read_owned().await;
         let done = self.deliver(delivery, stop).await;
         drop(turn);
-        !done || self.settled.send(Settled { session, tag }).await.is_ok()
+        !done || self.settled.send(Settled { session, tags: vec![tag] }).await.is_ok()
     }
 
     /// Brings a delivery to a committed outcome; false if the worker was stopped before.
@@ -167,33 +196,42 @@ impl Worker {
                 true => self.put_back(message).await,
                 false => self.attempt(message, &mut called).await,
             };
-            match result {
-                Ok(()) => return true,
-                Err(Failure::Unavailable { reason, retry_after }) => {
-                    failures += 1;
-                    if !self.pause(&reason, retry_after, failures, stop).await {
-                        return false;
-                    }
-                }
-                Err(Failure::Handler(error) | Failure::CutOff(error)) => {
-                    let retry_in = self.options.backoff.jittered(1);
-                    let reason = Reason::of_failure(&error, 1, self.options.max_attempts, retry_in);
-                    tracing::warn!(
-                        consumer = self.options.name, message.id = %message.id, attempt = 1, %error, ?reason, "handler failed");
-                    return self.hold(message, &reason, stop).await;
-                }
-                Err(Failure::Transient(error)) => {
-                    failures += 1;
-                    if !self.wait_out(&error, failures, stop).await {
-                        return false;
-                    }
-                }
+            let Err(failure) = result else { return true };
+            failures += 1;
+            if let Some(done) = self.bear(message, failure, failures, stop).await {
+                return done;
             }
         }
     }
 
-    /// One transaction: accept, handle, commit; or hold behind its key, commit.
+    /// Does what a failure asks for: holds the message, and answers whether that was done before the worker was stopped; or
+    /// waits, and answers nothing, for it is to be tried again.
+    pub(super) async fn bear(
+        &mut self,
+        message: &Received,
+        failure: Failure,
+        failures: u32,
+        stop: &CancellationToken,
+    ) -> Option<bool> {
+        let waited = match failure {
+            Failure::Unavailable { reason, retry_after } => self.pause(&reason, retry_after, failures, stop).await,
+            Failure::Handler(error) | Failure::CutOff(error) => {
+                let retry_in = self.options.backoff.jittered(1);
+                let reason = Reason::of_failure(&error, 1, self.options.max_attempts, retry_in);
+                tracing::warn!(
+                    consumer = self.options.name, message.id = %message.id, attempt = 1, %error, ?reason, "handler failed");
+                return Some(self.hold(message, &reason, stop).await);
+            }
+            Failure::Transient(error) => self.wait_out(&error, failures, stop).await,
+        };
+        if waited { None } else { Some(false) }
+    }
+
+    /// One transaction: accept, handle, commit; or hold behind its key, commit. In one statement where the handler is one.
     async fn apply(&mut self, message: &Received) -> Result<(), Failure> {
+        if self.apply_at_once(message).await? {
+            return Ok(());
+        }
         let (consumer, handler) = (Arc::clone(&self.options), Arc::clone(&self.handler));
         let limit = self.options.handler_timeout + 2 * MARGIN;
         let conn = self.session().await?;
@@ -255,7 +293,7 @@ impl Worker {
     }
 
     /// Holds a delivery, however long the database is away; false if the worker was stopped before.
-    async fn hold(&mut self, message: &Received, reason: &Reason, stop: &CancellationToken) -> bool {
+    pub(super) async fn hold(&mut self, message: &Received, reason: &Reason, stop: &CancellationToken) -> bool {
         let mut failures = 0;
         loop {
             let options = Arc::clone(&self.options);
@@ -316,7 +354,12 @@ impl Worker {
                     },
                     index_scans_only: false,
                 };
-                db::connect(&self.options.database_url, session).await?
+                let mut conn = db::connect(&self.options.database_url, session).await?;
+                if let Some(limit) = self.lock_limit {
+                    let set = sqlx::query(LOCK_LIMIT).bind(format!("{}ms", limit.as_millis())).execute(&mut conn);
+                    db::bounded("session settings", MARGIN, set).await?;
+                }
+                conn
             }
         };
         Ok(self.conn.insert(conn))
@@ -397,7 +440,7 @@ pub(super) async fn within<T>(limit: Duration, work: impl Future<Output = Result
     }
 }
 
-fn handler_failure(error: HandlerError) -> Failure {
+pub(super) fn handler_failure(error: HandlerError) -> Failure {
     match error {
         HandlerError::Database(error) if db::is_transient(&error) => Failure::Transient(error.into()),
         HandlerError::Unavailable { reason, retry_after } => Failure::Unavailable { reason, retry_after },

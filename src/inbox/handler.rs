@@ -1,9 +1,11 @@
 //! What runs when a message is new: a Rust value, or a function in the consumer's database.
 
 use super::Received;
+use super::at_once::AtOnce;
 use sqlx::{AssertSqlSafe, PgConnection};
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Why a handler did not apply a message. Its transaction is rolled back in every case.
@@ -61,6 +63,11 @@ pub trait Handler: Send + Sync + 'static {
         false
     }
 
+    /// The SQL function it is, if it is nothing else: accepting a message and calling it are one statement then.
+    fn as_function(&self) -> Option<&SqlHandler> {
+        None
+    }
+
     /// How it handles many messages together, if it can.
     fn batches(&self) -> Option<&dyn BatchHandler> {
         None
@@ -73,14 +80,49 @@ pub trait BatchHandler: Send + Sync {
     /// them to [`Handler::handle`] one by one. It waits for nothing but the database; what
     /// [`Handler::is_one_statement`] says holds here too.
     fn handle_all<'a>(&'a self, conn: &'a mut PgConnection, messages: &'a [&'a Received]) -> Handling<'a>;
+
+    /// True when many together are less work than each alone, as for statements that take them all. False when it is the
+    /// same work one after the other: where that is slow, the consumer tries whether workers side by side are faster.
+    fn shares_its_work(&self) -> bool {
+        true
+    }
 }
 
 /// Calls `f(message_id uuid, topic text, payload jsonb, headers jsonb) returns void`; raising means failed.
 #[derive(Debug, Clone)]
 pub struct SqlHandler {
     signature: String,
-    call: String,
-    call_all: String,
+    /// Called as it stands.
+    directly: Calls,
+    /// Called with a snapshot of its own, as a function must be that the planner may inline.
+    apart: Calls,
+    /// Which of them, once that was looked up.
+    is_inlined: OnceLock<bool>,
+}
+
+/// The statements that name the function.
+#[derive(Debug, Clone)]
+pub(super) struct Calls {
+    one: String,
+    all: String,
+    pub(super) at_once: AtOnce,
+}
+
+impl Calls {
+    /// With the text of a call up to its arguments.
+    fn of(call: &str) -> Self {
+        Self {
+            one: format!("select {call}$1, $2, $3::text::jsonb, $4::text::jsonb)"),
+            // A volatile function in the list is evaluated after the sort: in the order of n.
+            all: format!(
+                "select {call}m.id, m.topic, m.payload::jsonb, m.headers::jsonb)
+                from unnest($1::uuid[], $2::text[], $3::text[], $4::text[])
+                    with ordinality as m(id, topic, payload, headers, n)
+                order by m.n"
+            ),
+            at_once: AtOnce::of(call),
+        }
+    }
 }
 
 /// The handler of the config file cannot be used.
@@ -101,14 +143,25 @@ pub enum HandlerSetupError {
         /// The role of the consumer's connection.
         role: String,
     },
+    /// It exists, and cannot be a handler.
+    #[error("the function {signature} {reason}")]
+    Unfit {
+        /// Name and arguments.
+        signature: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
 }
 
-const EXISTS: &str = "
-    select to_regprocedure($1) is not null, coalesce(has_function_privilege(to_regprocedure($1), 'execute'), false),
-        current_user::text";
+// A function in SQL with neither `security definer` nor `set` may be inlined.
+const FOUND: &str = "
+    select has_function_privilege(p.oid, 'execute'), current_user::text, p.prokind = 'f', p.provolatile = 'v', p.proretset,
+        l.lanname = 'sql' and not p.prosecdef and p.proconfig is null
+    from pg_proc as p join pg_language as l on l.oid = p.prolang
+    where p.oid = to_regprocedure($1)";
 
 /// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[EXISTS];
+pub const STATEMENTS: &[&str] = &[FOUND];
 
 impl SqlHandler {
     /// A handler that calls the function `name`, given as `function` or `schema.function`.
@@ -121,26 +174,39 @@ impl SqlHandler {
         let quoted = quoted.join(".");
         Ok(Self {
             signature: format!("{quoted}(uuid, text, jsonb, jsonb)"),
-            call: format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)"),
-            // A volatile function in the list is evaluated after the sort: in the order of n.
-            call_all: format!(
-                "select {quoted}(m.id, m.topic, m.payload::jsonb, m.headers::jsonb)
-                from unnest($1::uuid[], $2::text[], $3::text[], $4::text[])
-                    with ordinality as m(id, topic, payload, headers, n)
-                order by m.n"
-            ),
+            directly: Calls::of(&format!("{quoted}(")),
+            apart: Calls::of(&format!("oncebox.inbox_call('{}', ", quoted.replace('\'', "''"))),
+            is_inlined: OnceLock::new(),
         })
     }
 
-    /// Fails unless the function is there and may be called.
+    /// What is safe for every function, until it was looked at.
+    pub(super) fn calls(&self) -> &Calls {
+        match self.is_inlined.get() {
+            Some(false) => &self.directly,
+            _ => &self.apart,
+        }
+    }
+
+    /// Fails unless the function is there, may be called and can be a handler; learns how it is best called.
     pub async fn check(&self, conn: &mut PgConnection) -> Result<Result<(), HandlerSetupError>, sqlx::Error> {
-        let (exists, callable, role): (bool, bool, String) =
-            sqlx::query_as(EXISTS).bind(&self.signature).fetch_one(conn).await?;
+        let found: Option<(bool, String, bool, bool, bool, bool)> =
+            sqlx::query_as(FOUND).bind(&self.signature).fetch_optional(conn).await?;
         let signature = self.signature.clone();
-        Ok(match (exists, callable) {
-            (true, true) => Ok(()),
-            (true, false) => Err(HandlerSetupError::Forbidden { signature, role }),
-            (false, _) => Err(HandlerSetupError::Missing(signature)),
+        let unfit = |reason| Err(HandlerSetupError::Unfit { signature: signature.clone(), reason });
+        let Some((callable, role, is_function, is_volatile, returns_set, is_inlined)) = found else {
+            return Ok(Err(HandlerSetupError::Missing(signature)));
+        };
+        Ok(match () {
+            () if !callable => Err(HandlerSetupError::Forbidden { signature, role }),
+            () if !is_function => unfit("is a procedure or an aggregate, and no function"),
+            () if !is_volatile => unfit("is declared stable or immutable: a handler writes, so make it volatile"),
+            () if returns_set => unfit("returns a set: a handler returns void"),
+            () => {
+                // Another answer to a second look changes nothing: the first one stands for the life of the handler.
+                let _ = self.is_inlined.set(is_inlined);
+                Ok(())
+            }
         })
     }
 }
@@ -153,8 +219,8 @@ impl Handler for SqlHandler {
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
         Box::pin(async move {
             let (payload, headers) = arguments(message)?;
-            // The function's name was quoted when the handler was made.
-            sqlx::query(AssertSqlSafe(self.call.as_str()))
+            // The function's name was quoted when the handler was made. The statement is its own: nothing is old in it.
+            sqlx::query(AssertSqlSafe(self.directly.one.as_str()))
                 .bind(message.id.0)
                 .bind(&message.topic)
                 .bind(payload)
@@ -165,17 +231,25 @@ impl Handler for SqlHandler {
         })
     }
 
+    fn as_function(&self) -> Option<&SqlHandler> {
+        Some(self)
+    }
+
     fn batches(&self) -> Option<&dyn BatchHandler> {
         Some(self)
     }
 }
 
 impl BatchHandler for SqlHandler {
+    fn shares_its_work(&self) -> bool {
+        false
+    }
+
     fn handle_all<'a>(&'a self, conn: &'a mut PgConnection, messages: &'a [&'a Received]) -> Handling<'a> {
         Box::pin(async move {
             let arguments = messages.iter().map(|message| arguments(message)).collect::<Result<Vec<_>, _>>()?;
             let (payloads, headers): (Vec<&str>, Vec<String>) = arguments.into_iter().unzip();
-            sqlx::query(AssertSqlSafe(self.call_all.as_str()))
+            sqlx::query(AssertSqlSafe(self.calls().all.as_str()))
                 .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
                 .bind(messages.iter().map(|message| message.topic.as_str()).collect::<Vec<_>>())
                 .bind(payloads)
@@ -188,7 +262,7 @@ impl BatchHandler for SqlHandler {
 }
 
 /// Payload and headers as the function gets them.
-fn arguments(message: &Received) -> Result<(&str, String), HandlerError> {
+pub(super) fn arguments(message: &Received) -> Result<(&str, String), HandlerError> {
     let payload = jsonb_text(&message.body).map_err(|why| HandlerError::Park(format!("the payload {why}")))?;
     let headers = serde_json::to_string(&message.headers).map_err(|error| HandlerError::Park(error.to_string()))?;
     jsonb_text(headers.as_bytes()).map_err(|why| HandlerError::Park(format!("a header {why}")))?;

@@ -4,6 +4,7 @@
 //! [`held`] keeps what must be tried again or needs an operator; [`stream`] applies streams in order. Left out on purpose: the broker, which the
 //! consumer talks to.
 
+mod at_once;
 pub mod handler;
 pub mod held;
 pub mod http;

@@ -4,40 +4,6 @@
 //! tables: [`relays`] and [`lease`] say who publishes a lane, [`journal`] which rows come next and with which offsets,
 //! [`held`] what is out of order or parked, [`pause`] what operators have stopped. Left out on purpose: any UPDATE or DELETE of the log itself.
 
-/// Transactions that were open at a snapshot: those it lists, and those of the log between its xmax and the xid that
-/// recorded it. The second kind is found by one index probe for each such transaction, not by their rows. Closes the
-/// list of `with recursive`; `$1` is the lane.
-#[cfg(feature = "cli")]
-macro_rules! open_then {
-    ($snapshot:literal, $recorded_by:literal) => {
-        concat!(
-            "beyond(xid) as (
-                (select o.xid from oncebox.outbox as o
-                where o.lane = $1 and o.xid >= pg_snapshot_xmax(",
-            $snapshot,
-            "::text::pg_snapshot) and o.xid <= ",
-            $recorded_by,
-            "::text::xid8
-                order by o.xid limit 1)
-                union all
-                select (
-                    select o.xid from oncebox.outbox as o
-                    where o.lane = $1 and o.xid > beyond.xid and o.xid <= ",
-            $recorded_by,
-            "::text::xid8
-                    order by o.xid limit 1)
-                from beyond where beyond.xid is not null
-            ), open_then(xid) as (
-                select pg_snapshot_xip(",
-            $snapshot,
-            "::text::pg_snapshot)
-                union all
-                select xid from beyond where xid is not null
-            ) "
-        )
-    };
-}
-
 #[cfg(feature = "cli")]
 pub mod held;
 #[cfg(feature = "cli")]
@@ -46,6 +12,8 @@ pub mod history;
 pub mod journal;
 #[cfg(feature = "cli")]
 pub mod lease;
+#[cfg(feature = "cli")]
+pub mod look;
 #[cfg(feature = "cli")]
 pub mod offsets;
 #[cfg(feature = "cli")]

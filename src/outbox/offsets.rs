@@ -3,7 +3,7 @@
 //! The counters depend on nothing but the rows before, in window order, so every replay assigns the same offsets.
 
 use crate::message::{Envelope, Message, Position};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use uuid::Uuid;
 
 /// Streams a lane keeps apart; the topics beyond share one stream, `*#lane`. It bounds the counters in memory and
@@ -11,23 +11,52 @@ use uuid::Uuid;
 pub const MAX_STREAMS: usize = 10_000;
 
 /// The next offset of every stream of a lane.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Offsets {
     lane: i16,
-    next: HashMap<String, i64>,
-    touched: HashSet<String>,
+    /// The counter of the whole lane.
+    ordinals: Counter,
+    streams: Vec<Counter>,
+    /// Which of `streams` is a topic's.
+    by_topic: HashMap<String, usize>,
+    /// Which of `streams` have moved.
+    moved: Vec<usize>,
+}
+
+#[derive(Debug, Clone)]
+struct Counter {
+    /// As the journal names it.
+    stream: String,
+    next: i64,
+    moved: bool,
+}
+
+impl Counter {
+    fn advance(&mut self, count: i64) -> i64 {
+        self.moved = true;
+        self.next += count;
+        self.next - count
+    }
 }
 
 impl Offsets {
     /// A lane in which nothing was published.
     pub fn new(lane: i16) -> Self {
-        Self { lane, next: HashMap::new(), touched: HashSet::new() }
+        // No topic is empty: the lane's own counter stands beside those of its streams.
+        let ordinals = Counter { stream: format!("#{lane}"), next: 1, moved: false };
+        Self { lane, ordinals, streams: Vec::new(), by_topic: HashMap::new(), moved: Vec::new() }
     }
 
     /// Sets counters as the journal recorded them: the offset the next message of each stream gets.
     pub fn apply(&mut self, streams: &[String], bases: &[i64]) {
         for (stream, base) in streams.iter().zip(bases) {
-            self.next.insert(stream.clone(), *base);
+            match topic_of(stream) {
+                "" => self.ordinals.next = *base,
+                topic => {
+                    let at = self.stream(topic);
+                    self.streams[at].next = *base;
+                }
+            }
         }
     }
 
@@ -44,53 +73,79 @@ impl Offsets {
 
     /// The offset the next message of a stream gets, and 1 if none was published in it. `#lane` asks for the ordinal.
     pub fn next(&self, stream: &str) -> i64 {
-        self.next.get(stream).copied().unwrap_or(1)
+        self.counter(stream).map_or(1, |counter| counter.next)
     }
 
     /// Passes over `count` messages of `topic`; returns the stream, and the first of their offsets and ordinals.
     pub fn skip(&mut self, topic: &str, count: i64) -> (String, i64, i64) {
-        // No topic is empty: the lane's own counter stands beside those of its streams.
-        let ordinal = self.advance(format!("#{}", self.lane), count);
-        let mut stream = format!("{topic}#{}", self.lane);
-        if !self.next.contains_key(&stream) && self.next.len() >= MAX_STREAMS {
-            stream = format!("*#{}", self.lane);
+        let ordinal = self.ordinals.advance(count);
+        let at = match self.by_topic.get(topic) {
+            Some(at) => *at,
+            None if self.streams.len() + 1 >= MAX_STREAMS => self.stream("*"),
+            None => self.stream(topic),
+        };
+        let counter = &mut self.streams[at];
+        if !counter.moved {
+            self.moved.push(at);
         }
-        let offset = self.advance(stream.clone(), count);
-        (stream, offset, ordinal)
+        let offset = counter.advance(count);
+        (counter.stream.clone(), offset, ordinal)
     }
 
-    fn advance(&mut self, counter: String, count: i64) -> i64 {
-        if !self.touched.contains(&counter) {
-            self.touched.insert(counter.clone());
+    /// The counters that moved since they were last [`recorded`](Self::recorded), sorted.
+    pub fn delta(&self) -> (Vec<String>, Vec<i64>) {
+        let streams = self.moved.iter().map(|at| &self.streams[*at]);
+        listed(std::iter::once(&self.ordinals).filter(|ordinals| ordinals.moved).chain(streams))
+    }
+
+    /// Every counter, sorted.
+    pub fn keyframe(&self) -> (Vec<String>, Vec<i64>) {
+        listed(std::iter::once(&self.ordinals).filter(|ordinals| ordinals.next > 1).chain(&self.streams))
+    }
+
+    /// A plan has recorded what moved.
+    pub fn recorded(&mut self) {
+        self.ordinals.moved = false;
+        for at in self.moved.drain(..) {
+            self.streams[at].moved = false;
         }
-        let next = self.next.entry(counter).or_insert(1);
-        *next += count;
-        *next - count
-    }
-
-    /// The counters that moved since the last call, sorted, as the next plan records them.
-    pub fn take_delta(&mut self) -> (Vec<String>, Vec<i64>) {
-        let touched = std::mem::take(&mut self.touched);
-        self.counters(touched.into_iter().collect())
-    }
-
-    /// Every counter, sorted, as a keyframe records them; forgets what moved.
-    pub fn take_keyframe(&mut self) -> (Vec<String>, Vec<i64>) {
-        self.touched.clear();
-        self.counters(self.next.keys().cloned().collect())
     }
 
     /// The first stream whose counter differs from the one recorded, if any.
     pub fn contradiction<'a>(&self, streams: &'a [String], bases: &[i64]) -> Option<&'a str> {
         let mut recorded = streams.iter().zip(bases);
-        recorded.find(|(stream, base)| self.next.get(*stream) != Some(*base)).map(|(stream, _)| stream.as_str())
+        recorded
+            .find(|(stream, base)| self.counter(stream).map(|counter| counter.next) != Some(**base))
+            .map(|(stream, _)| stream.as_str())
     }
 
-    fn counters(&self, mut streams: Vec<String>) -> (Vec<String>, Vec<i64>) {
-        streams.sort_unstable();
-        let bases = streams.iter().map(|stream| self.next[stream]).collect();
-        (streams, bases)
+    fn counter(&self, stream: &str) -> Option<&Counter> {
+        match topic_of(stream) {
+            "" => Some(&self.ordinals),
+            topic => self.by_topic.get(topic).map(|at| &self.streams[*at]),
+        }
     }
+
+    /// The counter of a topic's stream, which is made if it is missing.
+    fn stream(&mut self, topic: &str) -> usize {
+        if let Some(at) = self.by_topic.get(topic) {
+            return *at;
+        }
+        self.streams.push(Counter { stream: format!("{topic}#{}", self.lane), next: 1, moved: false });
+        self.by_topic.insert(topic.to_owned(), self.streams.len() - 1);
+        self.streams.len() - 1
+    }
+}
+
+/// `topic#lane` without its lane.
+fn topic_of(stream: &str) -> &str {
+    stream.rsplit_once('#').map_or(stream, |(topic, _)| topic)
+}
+
+fn listed<'a>(counters: impl Iterator<Item = &'a Counter>) -> (Vec<String>, Vec<i64>) {
+    let mut counters: Vec<&Counter> = counters.collect();
+    counters.sort_unstable_by(|a, b| a.stream.cmp(&b.stream));
+    counters.into_iter().map(|counter| (counter.stream.clone(), counter.next)).unzip()
 }
 
 #[cfg(test)]
@@ -111,7 +166,7 @@ mod tests {
             for topic in &topics[..cut] {
                 first.assign(&topic.to_string());
             }
-            let (streams, bases) = first.take_delta();
+            let (streams, bases) = first.delta();
             let mut resumed = Offsets::new(3);
             resumed.apply(&streams, &bases);
             let rest: Vec<_> = topics[cut..].iter().map(|t| resumed.assign(&t.to_string())).collect();

@@ -49,7 +49,7 @@ struct Entry {
 }
 
 /// A key with unsettled messages: how many have their turn, and who waits behind them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Key {
     turns: usize,
     behind: VecDeque<Ticket>,
@@ -105,18 +105,26 @@ impl Lookahead {
     pub fn push(&mut self, item: Item) {
         let ticket = self.first + self.entries.len() as Ticket;
         self.bytes += item.envelope.message.body.len();
-        let key = item.key().map(str::to_owned);
-        self.entries.push_back(Entry { place: item.place, item: Some(item), state: State::Unsent });
-        match key {
+        let mut follows_held = false;
+        match item.key() {
             None => self.ready.push_back(ticket),
-            // Behind the held ones, unless others of the key wait here: an operator's retry must not part them.
-            Some(key) if self.held_keys.contains(&key) && !self.keys.contains_key(&key) => {
-                self.leave(ticket, Reason::BehindKey);
-            }
-            Some(key) => {
-                self.keys.entry(key.clone()).or_default().behind.push_back(ticket);
-                self.give_turns(&key);
-            }
+            Some(key) => match self.keys.get_mut(key) {
+                Some(busy) if busy.turns >= self.key_window => busy.behind.push_back(ticket),
+                Some(busy) => {
+                    busy.turns += 1;
+                    self.ready.push_back(ticket);
+                }
+                // Behind the held ones, unless others of the key wait here: an operator's retry must not part them.
+                None if self.held_keys.contains(key) => follows_held = true,
+                None => {
+                    self.keys.insert(key.to_owned(), Key { turns: 1, behind: VecDeque::new() });
+                    self.ready.push_back(ticket);
+                }
+            },
+        }
+        self.entries.push_back(Entry { place: item.place, item: Some(item), state: State::Unsent });
+        if follows_held {
+            self.leave(ticket, Reason::BehindKey);
         }
     }
 
@@ -131,6 +139,11 @@ impl Lookahead {
         let ticket = self.ready.pop_front()?;
         self.entry(ticket).state = State::InFlight;
         Some(ticket)
+    }
+
+    /// Some message may be sent.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
     }
 
     /// A message by its ticket.
@@ -209,23 +222,18 @@ impl Lookahead {
     }
 
     fn end_turn(&mut self, ticket: Ticket) {
-        let Some(key) = self.item(ticket).key().map(str::to_owned) else { return };
-        if let Some(busy) = self.keys.get_mut(&key) {
-            busy.turns -= 1;
-            self.give_turns(&key);
-        }
-    }
-
-    fn give_turns(&mut self, key: &str) {
+        let item = self.entries[(ticket - self.first) as usize].item.as_ref();
+        let Some(key) = item.and_then(Item::key) else { return };
         let Some(busy) = self.keys.get_mut(key) else { return };
-        while busy.turns < self.key_window
-            && let Some(ticket) = busy.behind.pop_front()
-        {
-            busy.turns += 1;
-            self.ready.push_back(ticket);
-        }
-        if busy.turns == 0 {
-            self.keys.remove(key);
+        match busy.behind.pop_front() {
+            // Its turn goes on to the next of the key.
+            Some(next) => self.ready.push_back(next),
+            None => {
+                busy.turns -= 1;
+                if busy.turns == 0 {
+                    self.keys.remove(key);
+                }
+            }
         }
     }
 

@@ -17,6 +17,7 @@ use crate::outbox::held::{self, Due, Reason};
 use crate::outbox::journal::LogPlace;
 use crate::outbox::lease::Lease;
 use crate::outbox::{pause, unroutable, void};
+use futures_util::FutureExt;
 use sqlx::PgConnection;
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -31,6 +32,8 @@ const LOOK_AHEAD_BYTES: usize = 64 << 20;
 /// set one to waiting).
 const HELD_EVERY: Duration = Duration::from_millis(100);
 const HELD_IDLE_EVERY: Duration = Duration::from_secs(1);
+/// How often room for what is ready to be sent is looked for: it may come back without an outcome.
+const ROOM_EVERY: Duration = Duration::from_millis(10);
 /// Held messages sent at a time.
 const HELD_BATCH: i64 = 500;
 /// Tickets of held messages have this bit, which no ordinal of the log reaches.
@@ -186,8 +189,14 @@ impl<B: Broker> Publishing<'_, B> {
             if self.pauses.next_read() <= Instant::now() && !self.drain.is_cancelled() {
                 self.heed_pauses(held).await?;
             }
-            if !blocked && self.may_publish() {
-                self.send(publisher, held, suspects).await?;
+            let sent = !blocked && self.may_publish() && self.send(publisher, held, suspects).await?;
+            if sent {
+                // It is on its way before the statements that follow, however long they take.
+                if let Some(told) = publisher.outcomes(&mut outcomes).now_or_never() {
+                    told?;
+                    self.settle(&mut outcomes, held, suspects).await?;
+                }
+                failpoints::pass("relay.published");
             }
             self.write_leaving(held).await?;
             self.settled.send_if_modified(|place| {
@@ -203,12 +212,17 @@ impl<B: Broker> Publishing<'_, B> {
                 && self.lookahead.bytes() < LOOK_AHEAD_BYTES
                 && self.waiting < held::MAX_WAITING;
             let look = held.next_look.unwrap_or_else(Instant::now);
+            let unsent = !blocked && self.lookahead.has_ready() && self.may_publish();
+            // Room came with what was written, or a turn with what was told.
+            let more = unsent && sent && publisher.capacity() > 0;
             tokio::select! {
-                result = publisher.outcomes(&mut outcomes), if publisher.unconfirmed() > 0 => {
+                // Also with nothing unconfirmed: it keeps the session alive, and hears of alarms and of its end.
+                result = publisher.outcomes(&mut outcomes) => {
                     result?;
                     self.settle(&mut outcomes, held, suspects).await?;
-                    failpoints::pass("relay.confirmed");
                 }
+                () = tokio::task::yield_now(), if more => {}
+                () = tokio::time::sleep(ROOM_EVERY), if unsent && publisher.capacity() == 0 => {}
                 page = self.pages.recv(), if open && room && !self.drain.is_cancelled() => match page {
                     Some(page) => self.take_in(page),
                     None => open = false,
@@ -257,21 +271,23 @@ impl<B: Broker> Publishing<'_, B> {
         }
     }
 
+    /// Sends what has its turn, as far as there is room; answers whether anything was.
     async fn send(
         &mut self,
         publisher: &mut B::Publisher,
         held: &Held,
         suspects: &mut BTreeSet<Ticket>,
-    ) -> Result<(), RelayError> {
-        let mut sent = 0;
+    ) -> Result<bool, RelayError> {
+        let mut sent = false;
         // Suspects come first, alone, and so does whatever else has its turn until the last of them is settled; then
         // the held ones among them.
         let held_first = suspects.is_empty() && !held.suspects.is_empty();
-        // The lease is looked at before each message: the process may be frozen between any two of them.
+        // The clock is looked at before each message: the process may be frozen between any two of them.
+        let valid_until = self.lease.borrow().valid_until;
         while publisher.capacity() > 0
             && !held_first
             && (suspects.is_empty() || publisher.unconfirmed() == 0)
-            && self.lease_is_good()
+            && Instant::now() < valid_until
         {
             let Some(ticket) = self.lookahead.next() else { break };
             let item = self.lookahead.item(ticket);
@@ -286,12 +302,9 @@ impl<B: Broker> Publishing<'_, B> {
                 continue;
             }
             publisher.publish(ticket, &item.envelope).await?;
-            sent += 1;
+            sent = true;
         }
-        if sent > 0 {
-            failpoints::pass("relay.published");
-        }
-        Ok(())
+        Ok(sent)
     }
 
     async fn settle(
@@ -354,6 +367,7 @@ impl<B: Broker> Publishing<'_, B> {
             // The next of their keys may go at once.
             held.next_look = None;
         }
+        failpoints::pass("relay.confirmed");
         Ok(())
     }
 
@@ -421,7 +435,8 @@ impl<B: Broker> Publishing<'_, B> {
                 held::record(&mut self.conn, lease.lane, lease.epoch, due.seq, &Reason::Expired).await?;
                 continue;
             }
-            if !self.lease_is_good() {
+            // Large ones fill the room before there are so many. The rest is due at the next look.
+            if publisher.capacity() == 0 || !self.lease_is_good() {
                 break;
             }
             let ticket = held.next_ticket;
@@ -431,8 +446,8 @@ impl<B: Broker> Publishing<'_, B> {
             held.in_flight.insert(ticket, due);
             publisher.publish(ticket, &envelope).await?;
         }
-        self.send_voids(publisher, held).await?;
-        let soon = hurry || !held.voids.is_empty();
+        let voids = self.send_voids(publisher, held).await?;
+        let soon = hurry || voids;
         held.next_look = Some(Instant::now() + if soon { HELD_EVERY } else { HELD_IDLE_EVERY });
         Ok(())
     }
@@ -453,21 +468,25 @@ impl<B: Broker> Publishing<'_, B> {
         Ok(())
     }
 
-    /// Announces offsets that will not come, a batch at a time.
-    async fn send_voids(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<(), RelayError> {
+    /// Announces offsets that will not come, a batch at a time; answers whether some are in flight or still due.
+    async fn send_voids(&mut self, publisher: &mut B::Publisher, held: &mut Held) -> Result<bool, RelayError> {
         let room = VOID_BATCH.min(publisher.capacity() as i64);
         if !held.voids.is_empty() || !held.suspects.is_empty() || room == 0 {
-            return Ok(());
+            return Ok(!held.voids.is_empty());
         }
         let lease = *self.lease.borrow();
         let voids = void::unsent(&mut self.conn, lease.lane, room).await?;
-        if !voids.is_empty() {
+        let some = !voids.is_empty();
+        if some {
             failpoints::pass("relay.voids_read");
         }
         for (ticket, void) in (VOID_TICKET..).zip(voids) {
+            if publisher.capacity() == 0 || !self.lease_is_good() {
+                break;
+            }
             publisher.publish_void(ticket, &void).await?;
             held.voids.insert(ticket, void);
         }
-        Ok(())
+        Ok(some)
     }
 }

@@ -6,7 +6,8 @@
 use super::lookahead::Item;
 use crate::db::DbError;
 use crate::failpoints;
-use crate::outbox::journal::{self, LogPlace, Plan, PlanRecord, RecordedPlan, Resume};
+use crate::outbox::journal::{self, LogPlace, Plan, RecordedPlan, Resume};
+use crate::outbox::look::{self, Opened, PlanRecord, Sight};
 use crate::outbox::offsets::Offsets;
 use crate::outbox::source::{self, Change};
 use crate::outbox::window::{self, LogRow};
@@ -20,16 +21,21 @@ const PAGE_ROWS: i64 = 2_500;
 /// Rows of the first read, when nothing is known of their size; each read asks for at most four times as many as the
 /// one before, since what was asked for and not taken must still come over the wire.
 const FIRST_PAGE_ROWS: i64 = 64;
+/// Rows that a look brings along: a window of more is read by the page, which costs less a row.
+const LOOK_ROWS: i64 = 100;
+/// Counters that are sent with each look until a plan has recorded them; more are recorded at once, by a plan of
+/// their own if need be.
+const LOOK_COUNTERS: usize = 32;
 /// Bytes of bodies after which a read stops.
 const PAGE_BYTES: usize = 8 << 20;
 /// Looks while messages come: what a message waits here at most, beside the work for those before it.
-const POLL_BUSY: Duration = Duration::from_millis(2);
+const POLL_BUSY: Duration = Duration::from_millis(1);
 /// Looks when nothing has come for a while.
 const POLL_IDLE: Duration = Duration::from_millis(50);
 /// How long after the last message looks stay frequent.
 const BUSY_FOR: Duration = Duration::from_millis(250);
-/// Numbers taken without a visible row (open or rolled-back transactions), or a slow look, after which a new plan
-/// moves the place where looks begin.
+/// Numbers taken without a visible row (open or rolled-back transactions), or a slow look that found nothing, after
+/// which a new plan moves the place where looks begin.
 const REBASE_NUMBERS: i64 = 5_000;
 const REBASE_SLOW: Duration = Duration::from_millis(20);
 /// After such a pause one more plan is made. It records the counters behind the last rows, which the log must keep
@@ -93,6 +99,7 @@ impl Reader {
         let mut last_row = Instant::now();
         let mut last_plan = Instant::now();
         let mut tidied = false;
+        let mut rebase = false;
         let mut source_seen = Instant::now();
         loop {
             while let Some(current) = self.ahead.front() {
@@ -100,18 +107,12 @@ impl Reader {
                 let page = window::read(&mut self.conn, &plan, self.read_upto, limit, PAGE_BYTES).await?;
                 failpoints::pass("relay.window_read");
                 limit = next_limit(limit, &page.rows);
-                if let Some(row) = page.rows.last() {
-                    self.read_upto = row.place.seq;
+                if !page.rows.is_empty() {
                     last_row = Instant::now();
                     tidied = false;
                 }
-                let end = page.last.then_some(LogPlace { n: plan.n + 1, seq: 0 });
-                let items = page.rows.into_iter().map(|row| self.place(&plan, row)).collect();
-                if self.pages.send(Page { items, end }).await.is_err() {
+                if !self.hand_on(&plan, page).await? {
                     return Ok(());
-                }
-                if page.last {
-                    self.next_window()?;
                 }
             }
             if let Some(change) = self.change.take() {
@@ -119,15 +120,30 @@ impl Reader {
             }
 
             let looked = Instant::now();
-            let probe = journal::probe(&mut self.conn, &self.newest, last_row.elapsed() >= BUSY_FOR).await?;
-            let numbers = probe.q - self.newest.q2;
-            let unseen = numbers >= REBASE_NUMBERS || (numbers > 0 && looked.elapsed() >= REBASE_SLOW);
-            let rebase = unseen && last_plan.elapsed() >= REBASE_EVERY;
             let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER;
-            if probe.found || rebase || tidy {
+            let forced = tidy || std::mem::take(&mut rebase);
+            let idle = last_row.elapsed() >= BUSY_FOR;
+            let seen = match idle && !forced && look::nothing_new(&mut self.conn, &self.newest).await? {
+                true => None,
+                false => Some(self.look(forced, limit.min(LOOK_ROWS)).await?),
+            };
+            if let Some(Sight { q, opened: None }) = &seen {
+                let dear = is_dear(q - self.newest.q2, self.newest.ended_calm(), looked.elapsed());
+                rebase = dear && last_plan.elapsed() >= REBASE_EVERY;
+            }
+            if let Some(opened) = seen.and_then(|seen| seen.opened) {
                 tidied |= tidy;
-                self.open_window(probe.q).await?;
                 last_plan = Instant::now();
+                if !opened.rows.is_empty() {
+                    failpoints::pass("relay.window_read");
+                    limit = next_limit(limit, &opened.rows);
+                    last_row = Instant::now();
+                    tidied = false;
+                }
+                let page = window::Page { rows: opened.rows, last: opened.complete };
+                if !self.hand_on(&opened.recorded.plan, page).await? {
+                    return Ok(());
+                }
             } else if self.pages.is_closed() {
                 return Ok(());
             } else if source_seen.elapsed() >= SOURCE_LOOK {
@@ -136,10 +152,26 @@ impl Reader {
                 if !journal::source_stands(&mut self.conn, self.newest.source).await? {
                     return Err(DbError::SourceReplaced { lane: self.newest.lane });
                 }
-            } else {
+            } else if !rebase {
                 tokio::time::sleep(poll_delay(last_row.elapsed())).await;
             }
         }
+    }
+
+    /// Gives rows of the first window their places and hands them on; false when nobody takes them any more.
+    async fn hand_on(&mut self, plan: &Plan, page: window::Page) -> Result<bool, DbError> {
+        if let Some(row) = page.rows.last() {
+            self.read_upto = row.place.seq;
+        }
+        let end = page.last.then_some(LogPlace { n: plan.n + 1, seq: 0 });
+        let items: Vec<Item> = page.rows.into_iter().map(|row| self.place(plan, row)).collect();
+        if !(items.is_empty() && end.is_none()) && self.pages.send(Page { items, end }).await.is_err() {
+            return Ok(false);
+        }
+        if page.last {
+            self.next_window()?;
+        }
+        Ok(true)
     }
 
     fn place(&mut self, plan: &Plan, row: LogRow) -> Item {
@@ -163,18 +195,22 @@ impl Reader {
         Ok(())
     }
 
-    /// Commits the next plan; nothing of its window has been read before it is durable.
-    async fn open_window(&mut self, q: i64) -> Result<(), DbError> {
+    /// Looks beyond the newest plan; what it brings is durable.
+    async fn look(&mut self, forced: bool, max_rows: i64) -> Result<Sight, DbError> {
         let settled = *self.settled.borrow();
         let keyframe = (self.newest.n + 1) % journal::KEYFRAME_EVERY == 0;
-        let (streams, bases) = if keyframe { self.offsets.take_keyframe() } else { self.offsets.take_delta() };
-        let record = PlanRecord { q, settled, keyframe, streams, bases };
-        let plan = journal::append(&mut self.conn, self.epoch, &self.newest, &record).await?;
-        failpoints::pass("relay.planned");
-        self.newest = plan.clone();
-        self.known.send_replace(Some(plan.clone()));
-        self.ahead.push_back(RecordedPlan { plan, streams: record.streams, bases: record.bases });
-        Ok(())
+        let (streams, bases) = if keyframe { self.offsets.keyframe() } else { self.offsets.delta() };
+        let forced = forced || streams.len() > LOOK_COUNTERS;
+        let record = PlanRecord { settled, keyframe, streams, bases };
+        let sight = look::look(&mut self.conn, self.epoch, &self.newest, forced, record, max_rows).await?;
+        if let Some(Opened { recorded, .. }) = &sight.opened {
+            failpoints::pass("relay.planned");
+            self.offsets.recorded();
+            self.newest = recorded.plan.clone();
+            self.known.send_replace(Some(recorded.plan.clone()));
+            self.ahead.push_back(recorded.clone());
+        }
+        Ok(sight)
     }
 
     /// Moves the lane once everything that was read is settled; the next take-over begins with the new source.
@@ -187,7 +223,7 @@ impl Reader {
         let (lane, window) = (self.newest.lane, self.newest.n);
         tracing::warn!(lane, window, "everything of the old source is settled; the lane moves");
         failpoints::pass("relay.source_finished");
-        let (streams, next) = self.offsets.take_keyframe();
+        let (streams, next) = self.offsets.keyframe();
         let rewritten = source::rebase(&mut self.conn, self.epoch, &self.newest, &streams, &next).await?;
         failpoints::pass("relay.source_moved");
         tracing::warn!(lane, window = window + 1, source = %change.to, rewritten, "the lane has moved to its new source");
@@ -204,6 +240,12 @@ fn next_limit(limit: i64, rows: &[LogRow]) -> i64 {
     }
 }
 
+/// Whether looks beyond the newest plan cost too much for the nothing that they find. Beyond a calm plan after which
+/// no number was taken there is nothing to be slow: then it was the machine.
+fn is_dear(numbers: i64, calm: bool, took: Duration) -> bool {
+    numbers >= REBASE_NUMBERS || (took >= REBASE_SLOW && (numbers > 0 || !calm))
+}
+
 fn poll_delay(since_last_row: Duration) -> Duration {
     if since_last_row < BUSY_FOR {
         return POLL_BUSY;
@@ -211,4 +253,20 @@ fn poll_delay(since_last_row: Duration) -> Duration {
     // From one pace to the other within a second, so that the first messages after a pause wait little.
     let calm = (since_last_row - BUSY_FOR).as_secs_f64().min(1.0);
     POLL_BUSY + (POLL_IDLE - POLL_BUSY).mul_f64(calm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a slow look at which nothing was found moves the place where looks begin, also when no number was taken,
+    /// if transactions were open at the newest plan.
+    #[test]
+    fn a_slow_look_beyond_a_plan_that_is_not_calm_is_dear() {
+        assert!(is_dear(0, false, REBASE_SLOW));
+        assert!(is_dear(1, true, REBASE_SLOW));
+        assert!(is_dear(REBASE_NUMBERS, true, Duration::ZERO));
+        assert!(!is_dear(0, true, REBASE_SLOW));
+        assert!(!is_dear(1, false, REBASE_SLOW / 2));
+    }
 }

@@ -343,7 +343,7 @@ impl Replay {
             }
             wake = wake.min(self.pending.next_due().unwrap_or(wake));
             tokio::select! {
-                result = publisher.outcomes(&mut outcomes), if publisher.unconfirmed() > 0 => {
+                result = publisher.outcomes(&mut outcomes) => {
                     result?;
                     self.settle(&mut outcomes);
                     progress(&self.summary);

@@ -109,6 +109,7 @@ fn nothing_unwraps() {
 fn libraries_stay_in_their_rooms() {
     for (library, rooms) in [
         ("lapin", &["src/broker/rabbitmq/", "src/bench/"][..]),
+        ("amq_protocol", &["src/broker/rabbitmq/"]),
         ("axum", &["src/api/", "src/cli/"]),
         ("hyper", &["src/http.rs", "src/api/server.rs"]),
         ("hyper_util", &["src/http.rs", "src/api/server.rs"]),

@@ -638,7 +638,14 @@ async fn rabbitmq_alarms_block_and_large_bodies_close_the_channel() {
     let closing = Instant::now();
     other.close().await;
     assert!(closing.elapsed() < Duration::from_secs(3), "closing took {:?}", closing.elapsed());
-    node.ctl(&["set_vm_memory_high_watermark", "0.4"]).await;
+    // Polled meanwhile: a session that is left alone for longer than its heartbeats ends.
+    let mut ended = std::pin::pin!(node.ctl(&["set_vm_memory_high_watermark", "0.4"]));
+    loop {
+        tokio::select! {
+            _ = &mut ended => break,
+            result = publisher.outcomes(&mut outcomes) => result.unwrap(),
+        }
+    }
     while publisher.unconfirmed() > 0 {
         soon("an outcome", publisher.outcomes(&mut outcomes)).await.unwrap();
     }
@@ -686,12 +693,15 @@ async fn rabbitmq_frozen_and_killed_brokers_end_sessions() {
     assert!(matches!(error, BrokerError::TimedOut { .. }), "{error}");
     assert!(since.elapsed() < Duration::from_secs(4), "noticed after {:?}", since.elapsed());
     for _ in 0..3 {
-        let error = hasty.publisher(EXCHANGE).await.err().expect("it is frozen");
-        assert!(matches!(error, BrokerError::TimedOut { .. }), "{error}");
+        let publisher = hasty.publisher(EXCHANGE).await.err().expect("it is frozen");
+        let subscription = hasty.subscribe(&spec("q", &["t"]), 1).await.err().expect("it is frozen");
+        for error in [publisher, subscription] {
+            assert!(matches!(error, BrokerError::TimedOut { .. }), "{error}");
+        }
     }
     drop(publisher);
     soon("the end of their threads", async {
-        while io_threads() >= threads {
+        while io_threads() > threads {
             tokio::task::yield_now().await;
         }
     })

@@ -290,6 +290,22 @@ async fn handlers_that_cannot_be_called() {
         "consumer \"billing\": handler: role {role} may not call {signature}: grant execute on function {signature} to {role}"
     );
     assert_eq!(said, expected);
+
+    for (declared, wrong) in [
+        (
+            "alter function app.on_message(uuid, text, jsonb, jsonb) stable",
+            "is declared stable or immutable: a handler writes, so make it volatile",
+        ),
+        (
+            "drop function app.on_message(uuid, text, jsonb, jsonb);
+            create function app.on_message(uuid, text, jsonb, jsonb) returns setof int language sql as 'select 1'",
+            "returns a set: a handler returns void",
+        ),
+    ] {
+        lab.sql(declared).await;
+        let said = line(lab.command(&["consume", "--config", &consume]), 1).await;
+        assert_eq!(said, format!("consumer \"billing\": handler: the function {signature} {wrong}"));
+    }
 }
 
 /// Goal: a port in use is exit 1, and the line names it.

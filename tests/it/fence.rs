@@ -6,7 +6,9 @@ use crate::support::wire::Tap;
 use crate::support::{Lab, connect, eventually, eventually_number};
 use oncebox::db::{self, DbError, SessionOptions};
 use oncebox::node::PostgresOptions;
+use oncebox::outbox::journal::{self, LogPlace};
 use oncebox::outbox::lease;
+use oncebox::outbox::look::{self, PlanRecord};
 use sqlx::Executor;
 use std::time::Duration;
 use uuid::Uuid;
@@ -114,4 +116,45 @@ async fn a_fence_tells_a_cancelled_commit_from_a_good_one() {
     });
     cancel_a_waiting_commit(&lab, "fenced").await;
     assert!(matches!(renewing.await.expect("no panic"), DbError::FenceBroken(_)));
+}
+
+/// Goal: a look whose commit was cancelled while it waited for the standby hands out no row, although the rows of the
+/// window came over the wire before that commit.
+#[tokio::test]
+async fn a_look_with_a_cancelled_commit_hands_out_nothing() {
+    let lab = Lab::own().await;
+    let options = SessionOptions {
+        application_name: "looking",
+        statement_timeout: Duration::from_secs(30),
+        idle_timeout: db::IDLE_TIMEOUT,
+        index_scans_only: true,
+    };
+    let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
+    let lease = lease::take(&mut conn, 0, Uuid::now_v7(), "test").await.expect("fenced").expect("free");
+    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
+    lab.sql("select pg_reload_conf()").await;
+    let looking = tokio::spawn(async move {
+        let mut newest = journal::resume(&mut conn, 0).await.expect("resumes").plans.pop_back().expect("a plan").plan;
+        // Reloading is not instant: until then the look is a good fence.
+        loop {
+            let publish =
+                sqlx::raw_sql("begin; set local synchronous_commit = local; select oncebox.publish('t', '1'); commit");
+            publish.execute(&mut conn).await.expect("publishes");
+            let settled = LogPlace { n: 0, seq: 0 };
+            let record = PlanRecord { settled, keyframe: false, streams: Vec::new(), bases: Vec::new() };
+            match look::look(&mut conn, lease.epoch, &newest, false, record, 10).await {
+                Ok(sight) => {
+                    let opened = sight.opened.expect("the message is found");
+                    assert_eq!(opened.rows.len(), 1);
+                    newest = opened.recorded.plan;
+                }
+                Err(error) => return (error, newest.n),
+            }
+        }
+    });
+    cancel_a_waiting_commit(&lab, "looking").await;
+    let (error, n) = looking.await.expect("no panic");
+    assert!(matches!(error, DbError::FenceBroken(_)), "{error}");
+    // The plan stands: its rows are read again behind a later fence.
+    assert_eq!(lab.number("select max(n) from oncebox.outbox_plan").await, n + 1);
 }

@@ -1,9 +1,9 @@
 //! Goal: migrating works from many places at once, into any database of a cluster, with the rights it says it needs;
 //! and no process runs on a schema it does not know.
 
-use crate::support::{Lab, ONCEBOX, Process, connect, folder, number, shared_nodes, unique};
+use crate::support::{Lab, ONCEBOX, Process, connect, eventually_number, folder, number, shared_nodes, unique};
 use oncebox::node::{Postgres, PostgresOptions};
-use sqlx::{AssertSqlSafe, Executor};
+use sqlx::{AssertSqlSafe, Executor, PgConnection};
 use std::process::{Command, Output};
 
 /// A database without a schema, on the shared server.
@@ -229,4 +229,83 @@ async fn the_library_migrates_once() {
     let lab = Lab::shared().await;
     assert_eq!(oncebox::migrate::migrate(&lab.database_url).await.unwrap(), []);
     oncebox::migrate::check(&mut lab.connect().await).await.unwrap();
+}
+
+/// A migration's SQL, by the start of its file's name.
+fn sql_of(version: i32) -> String {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
+    let file = std::fs::read_dir(folder)
+        .expect("the folder of migrations")
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.file_name().unwrap().to_string_lossy().starts_with(&format!("V{version}__")))
+        .unwrap_or_else(|| panic!("V{version}"));
+    std::fs::read_to_string(file).unwrap()
+}
+
+/// Goal: the functions behind `publish` are replaced while writers publish, one of them in a transaction that stays open:
+/// none fails or waits for it, every committed message is in the log, settings are copied; only a snapshot from before
+/// is sent back to begin anew.
+#[tokio::test]
+async fn publish_is_replaced_under_writers() {
+    let url = empty().await;
+    let mut conn = connect(&url).await;
+    conn.execute("create schema oncebox; create table oncebox.schema_history (version int)").await.unwrap();
+    for version in 1..17 {
+        conn.execute(AssertSqlSafe(format!("begin; {}; commit", sql_of(version)))).await.expect("an older migration");
+    }
+    conn.execute(
+        "update oncebox.setting set lanes = 4, payload_limit_bytes = 50; update oncebox.outbox_ring set slot = 2",
+    )
+    .await
+    .unwrap();
+    const PUBLISH: &str = "select oncebox.publish('t', to_jsonb(1), key => 'k')";
+    let mut open = connect(&url).await;
+    open.execute("begin").await.unwrap();
+    open.execute(PUBLISH).await.unwrap();
+    let mut old_snapshot = connect(&url).await;
+    old_snapshot.execute("begin isolation level repeatable read; select 1").await.unwrap();
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let writers: Vec<_> = (0..3)
+        .map(|_| {
+            let (url, stopped) = (url.clone(), stopped.clone());
+            tokio::spawn(async move {
+                let mut conn = connect(&url).await;
+                let mut published = 0;
+                while !*stopped.borrow() {
+                    conn.execute(PUBLISH).await.expect("publish");
+                    published += 1;
+                }
+                published
+            })
+        })
+        .collect();
+    let mut observer = connect(&url).await;
+    let rows = "select count(*) from oncebox.outbox";
+    let beyond = async |observer: &mut PgConnection, least: i64| {
+        eventually_number(observer, &format!("select (count(*) >= {least})::int::bigint from oncebox.outbox"), 1).await
+    };
+    beyond(&mut observer, 100).await;
+    conn.execute("set lock_timeout = '10s'").await.unwrap();
+    conn.execute(AssertSqlSafe(format!("begin; {}", sql_of(17)))).await.expect("V17 beside an open transaction");
+    // Not committed yet: they go on with what they know.
+    let so_far = number(&mut observer, rows).await;
+    beyond(&mut observer, so_far + 100).await;
+    conn.execute("commit").await.unwrap();
+    let so_far = number(&mut observer, rows).await;
+    beyond(&mut observer, so_far + 100).await;
+    open.execute(PUBLISH).await.unwrap();
+    open.execute("commit").await.unwrap();
+    stop.send_replace(true);
+    let mut published = 2;
+    for writer in writers {
+        published += writer.await.expect("a writer");
+    }
+    assert_eq!(number(&mut observer, rows).await, published);
+    let lanes = "select count(distinct (lane, slot)) from oncebox.outbox where slot = 2";
+    assert_eq!(number(&mut observer, lanes).await, 1, "one key in one lane, before and after");
+    let error = old_snapshot.execute(PUBLISH).await.unwrap_err();
+    assert_eq!(error.as_database_error().and_then(|error| error.code()).as_deref(), Some("40001"), "{error}");
+    let too_large = "select oncebox.publish('t', to_jsonb(repeat('x', 50)))";
+    conn.execute(too_large).await.expect_err("the limit of before");
 }

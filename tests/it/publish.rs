@@ -490,10 +490,18 @@ async fn lanes_are_fixed_by_the_first_message() {
 /// another lane than those after it.
 #[tokio::test]
 async fn lanes_do_not_change_under_a_publisher() {
-    for level in ["read committed", "repeatable read"] {
+    // A session that published before runs plans made before.
+    for (level, calls_before) in [("read committed", 0), ("read committed", 20), ("repeatable read", 0)] {
         let lab = Lab::shared().await;
         let mut publisher = lab.connect().await;
         let mut operator = lab.connect().await;
+        publisher.execute("begin").await.unwrap();
+        for _ in 0..calls_before {
+            accepted(&mut publisher, "oncebox.publish('t', '0')").await;
+        }
+        publisher.execute("rollback; truncate oncebox.outbox").await.unwrap();
+        // As if nothing had been published: else the lanes are fixed.
+        publisher.execute("select setval('oncebox.outbox_seq', 1, false)").await.unwrap();
         let pid = crate::support::number(&mut publisher, "select pg_backend_pid()::bigint").await;
         publisher.execute(AssertSqlSafe(format!("begin isolation level {level}"))).await.unwrap();
         publisher.execute("select count(*) from oncebox.setting").await.unwrap();
@@ -520,6 +528,69 @@ async fn lanes_do_not_change_under_a_publisher() {
             select from oncebox.outbox group by key having count(distinct lane) > 1) as k";
         assert_eq!(lab.number(torn).await, 0, "keys in several lanes under {level}");
     }
+}
+
+/// Goal: the limits hold for scheduled messages and for ids, at the limit and beyond it, also after other settings
+/// were changed in the same session.
+#[tokio::test]
+async fn limits_hold_for_scheduled_messages() {
+    let lab = Lab::shared().await;
+    let mut conn = lab.connect().await;
+    conn.execute("update oncebox.setting set payload_limit_bytes = 10").await.unwrap();
+    let later = "deliver_at => now() + interval '1 h'";
+    accepted(&mut conn, &format!("oncebox.publish('t', '1234567890', {later})")).await;
+    assert_refused(&mut conn, &format!("oncebox.publish('t', '12345678901', {later})"), "payload").await;
+    let id = |minutes: i32| format!("message_id => oncebox.uuid_v7(clock_timestamp() - interval '{minutes} min')");
+    conn.execute("update oncebox.setting set dedup_window = '3 hours'").await.unwrap();
+    for later in ["", ", deliver_at => now() + interval '1 h'"] {
+        accepted(&mut conn, &format!("oncebox.publish('t', '1', {}{later})", id(179))).await;
+        assert_refused(&mut conn, &format!("oncebox.publish('t', '1', {}{later})", id(181)), "message_id").await;
+    }
+    assert_eq!(lab.number(WRITTEN).await, 3);
+}
+
+/// Goal: the row that publish reads is a copy of the settings and of the ring after each way they change, rolled-back
+/// changes leave none of it, and without settings nothing is published, nor lost silently.
+#[tokio::test]
+async fn what_publish_reads_follows_the_settings_and_the_ring() {
+    let lab = Lab::shared().await;
+    let mut conn = lab.connect().await;
+    let differs = "select count(*) from oncebox.setting as s, oncebox.outbox_ring as r
+        full join oncebox.outbox_current as c on true
+        where (c.slot, c.lanes, c.payload_limit_bytes, c.dedup_window)
+            is distinct from (r.slot, s.lanes, s.payload_limit_bytes, s.dedup_window)";
+    let differs = differs.replace("s, oncebox.outbox_ring as r", "s cross join oncebox.outbox_ring as r");
+    for change in [
+        "update oncebox.setting set lanes = 3",
+        "update oncebox.setting set payload_limit_bytes = 77, dedup_window = '1 day'",
+        "update oncebox.outbox_ring set slot = 5",
+        "begin; update oncebox.outbox_ring set slot = 6; update oncebox.setting set lanes = 7; rollback",
+        "delete from oncebox.setting; insert into oncebox.setting default values",
+    ] {
+        conn.execute(AssertSqlSafe(change)).await.unwrap();
+        assert_eq!(lab.number(&differs).await, 0, "{change}");
+    }
+    // Both at once, in sessions that do not see each other.
+    let mut other = lab.connect().await;
+    conn.execute("begin; update oncebox.setting set lanes = 2").await.unwrap();
+    let turn = tokio::spawn(async move { other.execute("update oncebox.outbox_ring set slot = 3").await.map(drop) });
+    let waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and query like '%set slot = 3%'
+        and datname = current_database()";
+    crate::support::eventually_number(&mut lab.connect().await, waits, 1).await;
+    conn.execute("commit").await.unwrap();
+    turn.await.unwrap().unwrap();
+    assert_eq!(lab.number(&differs).await, 0, "after two at once");
+    accepted(&mut conn, "oncebox.publish('t', '1')").await;
+    assert_eq!(lab.number("select slot::bigint from oncebox.outbox").await, 3);
+
+    conn.execute("delete from oncebox.setting").await.unwrap();
+    for later in ["", ", deliver_at => now() + interval '1 h'"] {
+        let error = call(&mut conn, &format!("oncebox.publish('t', '1'{later})")).await.unwrap_err();
+        assert_eq!(database_error(error).0, "P0002");
+    }
+    let insert = "oncebox.outbox_insert('t', '', 't', null, '{}', gen_random_uuid(), now(), null)";
+    assert_eq!(database_error(call(&mut conn, insert).await.unwrap_err()).0, "P0002");
+    assert_eq!(lab.number(WRITTEN).await, 1);
 }
 
 /// Goal: the Rust twin passes on every option, reports refusals by name and everything else as the database's error.

@@ -59,3 +59,31 @@ async fn inbox_receive_records_the_second_place_of_a_held_message() {
         assert_eq!(number(&mut conn, &aliases).await, 7);
     }
 }
+
+/// Goal: in a batch, a key that was found held up stays so to its end, although the message that held it up is done with
+/// in the middle: no later message of the key runs before an earlier one.
+#[tokio::test]
+async fn a_key_stays_held_up_to_the_end_of_its_batch() {
+    let lab = Lab::shared().await;
+    let mut conn = lab.connect().await;
+    let (waits, other) = (Uuid::now_v7(), Uuid::now_v7());
+    hold(&lab, waits, "waiting", "null, null, null", "'k'").await;
+    // Accepting the other one is the moment at which the waiting one is done with.
+    lab.sql(&format!(
+        "create function public.done() returns trigger language plpgsql as $$ begin
+            delete from oncebox.inbox_held where message_id = '{waits}'; return null; end $$;
+        create trigger done after insert on oncebox.inbox for each row when (new.message_id = '{other}')
+            execute function public.done()"
+    ))
+    .await;
+    let call = "select oncebox.inbox_receive_all('c', $1, $2, array_fill(null::text, array[3]), array_fill(null::bigint, array[3]), $3)";
+    let answers: Vec<String> = sqlx::query_scalar(call)
+        .bind(vec![Uuid::now_v7(), other, Uuid::now_v7()])
+        .bind(vec![None::<Uuid>; 3])
+        .bind(vec![Some("k"), Some("other"), Some("k")])
+        .fetch_one(&mut conn)
+        .await
+        .unwrap();
+    assert_eq!(answers, ["behind_key", "new", "behind_key"]);
+    assert_eq!(number(&mut conn, "select count(*) from oncebox.inbox_held").await, 0);
+}

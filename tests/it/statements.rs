@@ -14,6 +14,7 @@ fn lists() -> Vec<(&'static str, &'static [&'static str])> {
         ("src/outbox/held.rs", outbox::held::STATEMENTS),
         ("src/outbox/journal.rs", outbox::journal::STATEMENTS),
         ("src/outbox/lease.rs", outbox::lease::STATEMENTS),
+        ("src/outbox/look.rs", outbox::look::STATEMENTS),
         ("src/outbox/source.rs", outbox::source::STATEMENTS),
         ("src/outbox/pause.rs", outbox::pause::STATEMENTS),
         ("src/outbox/relays.rs", outbox::relays::STATEMENTS),
@@ -55,7 +56,8 @@ fn lists() -> Vec<(&'static str, &'static [&'static str])> {
         ("src/cli/saga/list.rs", cli::saga::list::STATEMENTS),
         ("src/cli/saga/start.rs", cli::saga::start::STATEMENTS),
     ];
-    lists.extend(consumer::STATEMENTS.iter().map(|list| ("src/consumer/registration.rs", *list)));
+    let files = ["src/consumer/registration.rs", "src/consumer/worker.rs"];
+    lists.extend(files.into_iter().zip(consumer::STATEMENTS.iter().copied()));
     lists.extend(relay::STATEMENTS.iter().map(|list| ("src/relay/schedule.rs", *list)));
     lists
 }
@@ -67,6 +69,8 @@ const FREE: &[&str] = &["src/db.rs", "src/migrate.rs", "src/demo/", "src/bench/"
 const MADE: &[(&str, &str)] = &[
     ("src/inbox/handler.rs", "AssertSqlSafe(self.call.as_str())"),
     ("src/inbox/handler.rs", "AssertSqlSafe(self.call_all.as_str())"),
+    ("src/inbox/at_once.rs", "AssertSqlSafe(self.at_once.one.as_str())"),
+    ("src/inbox/at_once.rs", "AssertSqlSafe(self.at_once.all.as_str())"),
 ];
 
 /// Calls that take a statement as their first argument.

@@ -2,9 +2,10 @@
 //! offsets at every replay, whatever transactions, savepoints, aborts, prepared and long transactions there are.
 
 use crate::support::{Lab, connect};
-use oncebox::db::{self, SessionOptions};
-use oncebox::outbox::journal::{self, LogPlace, PlanRecord};
+use oncebox::db::{self, DbError, SessionOptions};
+use oncebox::outbox::journal::{self, LogPlace};
 use oncebox::outbox::lease;
+use oncebox::outbox::look::{self, Opened, PlanRecord, Sight};
 use oncebox::outbox::window;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -71,15 +72,15 @@ struct Writer {
 }
 
 /// The relay's half, driven by hand.
-struct Reader {
-    conn: PgConnection,
+pub struct Reader {
+    pub conn: PgConnection,
     lane: i16,
     epoch: i64,
-    newest: journal::Plan,
+    pub newest: journal::Plan,
 }
 
 impl Reader {
-    async fn new(lab: &Lab) -> Self {
+    pub async fn new(lab: &Lab) -> Self {
         let options = SessionOptions {
             application_name: "test",
             statement_timeout: Duration::from_secs(30),
@@ -93,18 +94,34 @@ impl Reader {
         Self { conn, lane: 0, epoch: lease.epoch, newest }
     }
 
-    /// Opens the next window whether or not anything is new; reads it `page` rows at a time.
-    async fn window(&mut self, page: i64) -> (bool, Vec<Uuid>) {
-        let probe = journal::probe(&mut self.conn, &self.newest, self.newest.n % 2 == 0).await.expect("probes");
-        let record = PlanRecord {
-            q: probe.q,
-            settled: LogPlace { n: 0, seq: 0 },
-            keyframe: false,
-            streams: Vec::new(),
-            bases: Vec::new(),
-        };
-        self.newest = journal::append(&mut self.conn, self.epoch, &self.newest, &record).await.expect("appends");
-        (probe.found, read(&mut self.conn, &self.newest.clone(), page).await)
+    /// Looks, and opens the next window whether or not anything is new; reads it `page` rows at a time, of which the
+    /// first come with the look. The look must have found the window by itself if it holds anything.
+    pub async fn window(&mut self, page: i64) -> (bool, Vec<Uuid>) {
+        let idle = self.newest.n % 2 == 0 && look::nothing_new(&mut self.conn, &self.newest).await.expect("looks");
+        let mut sight = self.look(idle, page).await;
+        let found = !idle && sight.opened.is_some();
+        if sight.opened.is_none() {
+            sight = self.look(true, page).await;
+        }
+        let Opened { recorded, rows, complete } = sight.opened.expect("it was forced");
+        let plan = recorded.plan;
+        assert!(rows.len() as i64 <= page && (complete || !rows.is_empty() || page == 0));
+        let mut ids: Vec<Uuid> = rows.iter().map(|row| row.message.id.0).collect();
+        // All of it by the page is what the look brought, and the rest.
+        let all = read(&mut self.conn, &plan, page.max(1)).await;
+        assert_eq!(all[..ids.len()], ids, "a look brings other rows than a page");
+        if complete {
+            assert_eq!(all.len(), ids.len(), "the look said that this is all");
+        }
+        ids.extend(&all[ids.len()..]);
+        self.newest = plan;
+        (found, ids)
+    }
+
+    pub async fn look(&mut self, forced: bool, max_rows: i64) -> Sight {
+        let settled = LogPlace { n: 0, seq: 0 };
+        let record = PlanRecord { settled, keyframe: false, streams: Vec::new(), bases: Vec::new() };
+        look::look(&mut self.conn, self.epoch, &self.newest, forced, record, max_rows).await.expect("looks")
     }
 
     /// Every window of the journal again, as a relay that takes over would read them.
@@ -118,7 +135,7 @@ impl Reader {
     }
 }
 
-async fn read(conn: &mut PgConnection, plan: &journal::Plan, page: i64) -> Vec<Uuid> {
+pub async fn read(conn: &mut PgConnection, plan: &journal::Plan, page: i64) -> Vec<Uuid> {
     let (mut rows, mut after) = (Vec::new(), 0);
     loop {
         let read = window::read(conn, plan, after, page, usize::MAX).await.expect("reads");
@@ -279,11 +296,12 @@ fn windows_hold_every_committed_row_once() {
 /// still come.
 #[tokio::test]
 async fn a_plan_knows_of_open_transactions() {
-    let lab = Lab::shared().await;
+    // On a shared server other tests' transactions, prepared ones too, can be open the whole time.
+    let lab = Lab::own().await;
     let mut reader = Reader::new(&lab).await;
     let mut quiet = false;
     for _ in 0..50 {
-        // Other tests' transactions are open at times.
+        // Autovacuum's transactions are open at times.
         reader.window(10).await;
         quiet |= reader.newest.ended_calm();
     }
@@ -322,17 +340,7 @@ async fn windows_are_read_by_index() {
     reader.window(10).await;
     lab.sql("select oncebox.publish('t', '1', key => i::text) from generate_series(1, 30000) as i").await;
     late.execute("commit").await.expect("commits");
-    let probe = journal::probe(&mut reader.conn, &reader.newest, false).await.expect("probes");
-    assert!(probe.found);
-    let (newest, epoch) = (reader.newest.clone(), reader.epoch);
-    let record = PlanRecord {
-        q: probe.q,
-        settled: LogPlace { n: 0, seq: 0 },
-        keyframe: false,
-        streams: Vec::new(),
-        bases: Vec::new(),
-    };
-    let plan = journal::append(&mut reader.conn, epoch, &newest, &record).await.expect("appends");
+    let plan = reader.look(false, 0).await.opened.expect("something was found").recorded.plan;
     // In the middle: a page costs what it holds, not what the window holds.
     for after in [1_500, 20_000] {
         let explain = format!("explain (analyze, format text) {}", window::STATEMENTS[0]);
@@ -353,4 +361,18 @@ async fn windows_are_read_by_index() {
         let removed: u64 = touched.filter_map(|rest| rest.split('\n').next()?.trim().parse::<u64>().ok()).sum();
         assert!(removed < 200, "a page of 100 rows passes over {removed} (most {most:?}):\n{lines}");
     }
+}
+
+/// Goal: a relay whose lane was taken over finds that out at its next look: it gets no row, and no plan is recorded.
+#[tokio::test]
+async fn a_look_of_an_earlier_holder_is_refused() {
+    let lab = Lab::shared().await;
+    let mut reader = Reader::new(&lab).await;
+    lab.sql("update oncebox.outbox_lease set epoch = epoch + 1 where lane = 0").await;
+    lab.sql("select oncebox.publish('t', '1')").await;
+    let settled = LogPlace { n: 0, seq: 0 };
+    let record = PlanRecord { settled, keyframe: false, streams: Vec::new(), bases: Vec::new() };
+    let seen = look::look(&mut reader.conn, reader.epoch, &reader.newest, false, record, 10).await;
+    assert!(matches!(seen, Err(DbError::LeaseLost { lane: 0 })), "{seen:?}");
+    assert_eq!(lab.number("select max(n) from oncebox.outbox_plan where lane = 0").await, reader.newest.n);
 }

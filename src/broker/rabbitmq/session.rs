@@ -2,7 +2,8 @@
 
 use super::{RabbitMq, short};
 use crate::broker::{BrokerError, void_exchange};
-use futures_util::io::{AsyncReadExt, AsyncWriteExt};
+use amq_protocol::protocol::AMQPSoftError;
+use futures_util::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use lapin::options::ExchangeDeclareOptions;
 use lapin::tcp::{AsyncTcpStream, TLSConfig};
 use lapin::types::parsing::parse_field_table;
@@ -13,14 +14,20 @@ use std::future::Future;
 use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use tokio::net::TcpSocket;
 
 /// How long an orderly close may take: lapin's hangs for as long as the broker blocks the connection.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+pub(super) const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A RabbitMQ greeting is about 500 bytes; more than this is no greeting.
 const GREETING_LIMIT_BYTES: usize = 64 * 1024;
 
-/// A connection with a handle to its socket: lapin ends a connection only by talking to the broker, and a
+/// Bytes both ways, with TLS or without.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+/// A connection of lapin's with a handle to its socket: lapin ends a connection only by talking to the broker, and a
 /// blocked or frozen broker does not answer, while what lapin has queued would still be sent much later.
 pub(super) struct Session {
     connection: Option<Connection>,
@@ -133,12 +140,14 @@ pub(super) async fn declare_exchange(
     kind: ExchangeKind,
 ) -> Result<(), BrokerError> {
     let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    let kind_name = if kind == ExchangeKind::Fanout { "fanout" } else { "topic" };
+    let mend = exchange_mend(if kind == ExchangeKind::Fanout { "fanout" } else { "topic" });
     let declared = channel.exchange_declare(short("exchange", name)?, kind, options, FieldTable::default()).await;
-    declared.map_err(|error| {
-        let mend = format!("delete it, or declare it as a durable {kind_name} exchange without arguments");
-        topology(broker, "exchange", name, &mend, &error)
-    })
+    declared.map_err(|error| topology(broker, "exchange", name, &mend, &error))
+}
+
+/// What to do about an exchange that exists otherwise.
+pub(super) fn exchange_mend(kind: &str) -> String {
+    format!("delete it, or declare it as a durable {kind} exchange without arguments")
 }
 
 /// What a refused declaration means: the resource is otherwise, or we may not touch it.
@@ -150,61 +159,88 @@ pub(super) fn topology(
     error: &lapin::Error,
 ) -> BrokerError {
     match error.kind() {
-        ErrorKind::ProtocolError(protocol) if matches!(protocol.get_id(), 405 | 406) => BrokerError::Topology {
+        ErrorKind::ProtocolError(protocol) => {
+            refused_declaration(broker, kind, name, mend, protocol.get_id(), protocol.get_message().as_str())
+        }
+        _ => lost(error),
+    }
+}
+
+/// The same, by the broker's code and words.
+pub(super) fn refused_declaration(
+    broker: &RabbitMq,
+    kind: &'static str,
+    name: &str,
+    mend: &str,
+    code: u16,
+    text: &str,
+) -> BrokerError {
+    match code {
+        405 | 406 => BrokerError::Topology {
             kind,
             name: name.to_owned(),
-            reason: format!("exists with other arguments or owners ({}): {mend}", protocol.get_message()),
+            reason: format!("exists with other arguments or owners ({text}): {mend}"),
         },
-        ErrorKind::ProtocolError(protocol) if protocol.get_id() == 403 => BrokerError::AccessRefused {
+        403 => BrokerError::AccessRefused {
             address: broker.address(),
             reason: format!(
-                "{}; grant it: rabbitmqctl set_permissions -p {} {} '.*' '.*' '.*'",
-                protocol.get_message(),
-                broker.uri.vhost,
-                broker.uri.authority.userinfo.username
+                "{text}; grant it: rabbitmqctl set_permissions -p {} {} '.*' '.*' '.*'",
+                broker.uri.vhost, broker.uri.authority.userinfo.username
             ),
         },
-        _ => lost(error),
+        code => closed(code, text),
     }
 }
 
 /// What an error on an open session means.
 pub(super) fn lost(error: &lapin::Error) -> BrokerError {
     match error.kind() {
-        ErrorKind::ProtocolError(protocol) if error.is_amqp_soft_error() => {
-            BrokerError::ChannelClosed { code: protocol.get_id(), text: protocol.get_message().to_string() }
-        }
-        ErrorKind::ProtocolError(protocol) => {
-            BrokerError::ConnectionLost(format!("{} {}", protocol.get_id(), protocol.get_message()))
-        }
+        ErrorKind::ProtocolError(protocol) => closed(protocol.get_id(), protocol.get_message().as_str()),
         _ => BrokerError::ConnectionLost(error.to_string()),
+    }
+}
+
+/// What the broker's reason for closing a channel or a connection means: soft errors of AMQP concern a channel alone.
+pub(super) fn closed(code: u16, text: &str) -> BrokerError {
+    match AMQPSoftError::from_id(code) {
+        Some(_) => BrokerError::ChannelClosed { code, text: text.to_owned() },
+        None => BrokerError::ConnectionLost(format!("{code} {text}")),
     }
 }
 
 /// Why no connection came about.
 fn refused(broker: &RabbitMq, error: &lapin::Error) -> BrokerError {
+    match error.kind() {
+        ErrorKind::ProtocolError(protocol) => refused_login(broker, protocol.get_id(), protocol.get_message().as_str()),
+        ErrorKind::AuthProviderError(text) => {
+            BrokerError::AccessRefused { address: broker.address(), reason: text.clone() }
+        }
+        _ => BrokerError::Unreachable { address: broker.address(), reason: error.to_string() },
+    }
+}
+
+/// The same, by the broker's code and words.
+pub(super) fn refused_login(broker: &RabbitMq, code: u16, text: &str) -> BrokerError {
     let address = broker.address();
     let (user, vhost) = (&broker.uri.authority.userinfo.username, &broker.uri.vhost);
-    match error.kind() {
-        ErrorKind::ProtocolError(protocol) => {
-            let text = protocol.get_message();
-            match protocol.get_id() {
-                403 => BrokerError::AccessRefused {
-                    address,
-                    reason: format!("{text} (user \"{user}\": check name and password)"),
-                },
-                404 | 530 => BrokerError::AccessRefused {
-                    address,
-                    reason: format!(
-                        "{text}; create it: rabbitmqctl add_vhost {vhost}, and let the user in: \
-                         rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*'"
-                    ),
-                },
-                code => BrokerError::Unreachable { address, reason: format!("{code} {text}") },
-            }
+    let no_vhost = text.contains("vhost") && (text.contains("not found") || text.contains("refused"));
+    match code {
+        // One of the others will end.
+        530 if text.contains("connection limit") => {
+            BrokerError::Unreachable { address, reason: format!("{code} {text}") }
         }
-        ErrorKind::AuthProviderError(text) => BrokerError::AccessRefused { address, reason: text.clone() },
-        _ => BrokerError::Unreachable { address, reason: error.to_string() },
+        403 => {
+            BrokerError::AccessRefused { address, reason: format!("{text} (user \"{user}\": check name and password)") }
+        }
+        404 | 530 if no_vhost => BrokerError::AccessRefused {
+            address,
+            reason: format!(
+                "{text}; create it: rabbitmqctl add_vhost {vhost}, and let the user in: \
+                 rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*'"
+            ),
+        },
+        404 | 530 => BrokerError::AccessRefused { address, reason: text.to_owned() },
+        code => BrokerError::Unreachable { address, reason: format!("{code} {text}") },
     }
 }
 
@@ -226,14 +262,25 @@ pub(super) async fn server_version(broker: &RabbitMq) -> Result<(u32, u32), Brok
     }
 }
 
-/// The payload of the broker's first frame.
-async fn greeting(uri: &AMQPUri) -> std::io::Result<Vec<u8>> {
+/// A connected stream, over TLS if the URL asks for it, and its socket.
+pub(super) async fn dial(uri: &AMQPUri) -> std::io::Result<(Box<dyn Stream>, TcpSocket)> {
     let runtime = lapin::runtime::default_runtime().expect("lapin is built with its tokio runtime");
     let address = (uri.authority.host.clone(), uri.authority.port);
-    let mut stream = AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(address)).await?;
-    if uri.scheme == AMQPScheme::AMQPS {
-        stream = stream.into_tls(&uri.authority.host, TLSConfig::default()).await?;
-    }
+    let stream = AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(address)).await?;
+    let AsyncTcpStream::Plain(plain) = &stream else {
+        return Err(std::io::Error::other("a stream without TLS is one with it"));
+    };
+    plain.get_ref().set_nodelay(true)?;
+    let socket = TcpSocket::from_std_stream(plain.get_ref().as_fd().try_clone_to_owned()?.into());
+    Ok(match uri.scheme {
+        AMQPScheme::AMQP => (Box::new(stream), socket),
+        AMQPScheme::AMQPS => (Box::new(stream.into_tls(&uri.authority.host, TLSConfig::default()).await?), socket),
+    })
+}
+
+/// The payload of the broker's first frame.
+async fn greeting(uri: &AMQPUri) -> std::io::Result<Vec<u8>> {
+    let (mut stream, _) = dial(uri).await?;
     stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
     stream.flush().await?;
     // A frame opens with its type, channel and size: 1, 2 and 4 bytes.

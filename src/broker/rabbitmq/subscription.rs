@@ -5,6 +5,7 @@ use super::{RabbitMq, short, wire};
 use crate::broker::{BrokerError, QueueSpec, Subscription, void_exchange};
 use crate::message::Delivery;
 use futures_util::StreamExt;
+use futures_util::future::join_all;
 use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Consumer, ErrorKind};
@@ -119,13 +120,21 @@ impl Subscription for RabbitSubscription {
     }
 
     async fn ack(&mut self, tag: u64) -> Result<(), BrokerError> {
+        self.ack_all(&[tag]).await
+    }
+
+    /// Each acknowledgement is its own frame; together they are one wake of lapin's thread, and one write.
+    async fn ack_all(&mut self, tags: &[u64]) -> Result<(), BrokerError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let limit = self.ack_timeout;
-        match tokio::time::timeout(limit, self.channel.basic_ack(tag, BasicAckOptions::default())).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(self.fail(session::lost(&error))),
+        let (channel, limit) = (&self.channel, self.ack_timeout);
+        let acks = join_all(tags.iter().map(|tag| channel.basic_ack(*tag, BasicAckOptions::default())));
+        match tokio::time::timeout(limit, acks).await {
+            Ok(results) => match results.into_iter().find_map(Result::err) {
+                None => Ok(()),
+                Some(error) => Err(self.fail(session::lost(&error))),
+            },
             Err(_) => {
                 self.session.cut();
                 Err(self.fail(BrokerError::TimedOut { what: "an acknowledgement", limit }))

@@ -1,14 +1,16 @@
 //! Messages as AMQP properties and headers, and back.
 
 use crate::broker::BrokerError;
-use crate::message::{Delivery, Envelope, Headers, Void, header};
+#[cfg(test)]
+use crate::message::Void;
+use crate::message::{Delivery, Envelope, Headers, header};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldArray, FieldTable, ShortString};
 use serde_json::{Number, Value};
 use uuid::Uuid;
 
 /// AMQP's `delivery_mode` of a message that survives a restart.
-const PERSISTENT: u8 = 2;
+pub(super) const PERSISTENT: u8 = 2;
 
 /// Where a returned message stood: enough to tell it from every other one in flight.
 pub(super) type Place = (Uuid, String, i64);
@@ -41,10 +43,8 @@ pub(crate) fn properties(envelope: &Envelope) -> Result<BasicProperties, BrokerE
         .with_app_id(short(&source)?))
 }
 
-/// The properties and headers of a void notice.
-///
-/// # Errors
-/// As [`properties`].
+/// The properties and headers of a void notice, as a reference for what is written.
+#[cfg(test)]
 pub(super) fn void_properties(void: &Void) -> Result<BasicProperties, BrokerError> {
     let source = void.position.source.to_string();
     let mut headers = FieldTable::default();
@@ -62,11 +62,16 @@ pub(super) fn void_properties(void: &Void) -> Result<BasicProperties, BrokerErro
 }
 
 /// A short string, or the 406 that a broker answers to what it cannot accept.
-pub(super) fn short(text: &str) -> Result<ShortString, BrokerError> {
-    ShortString::try_new(text).map_err(|_| BrokerError::ChannelClosed {
+fn short(text: &str) -> Result<ShortString, BrokerError> {
+    ShortString::try_new(text).map_err(|_| too_long(text))
+}
+
+/// What a text over 255 bytes is refused with where AMQP has a short string.
+pub(super) fn too_long(text: &str) -> BrokerError {
+    BrokerError::ChannelClosed {
         code: 406,
         text: format!("{} bytes where AMQP allows 255: \"{}…\"", text.len(), text.chars().take(40).collect::<String>()),
-    })
+    }
 }
 
 /// The delivery as the consumer sees it.

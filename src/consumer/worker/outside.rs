@@ -17,7 +17,7 @@ use uuid::Uuid;
 impl Worker {
     /// Applies a delivery, after the call if the handler makes one. `called` is kept over attempts: what is called for
     /// once in this process is not called for again because the database failed afterwards.
-    pub(super) async fn attempt(&mut self, message: &Received, called: &mut bool) -> Result<(), Failure> {
+    pub(in crate::consumer) async fn attempt(&mut self, message: &Received, called: &mut bool) -> Result<(), Failure> {
         if self.handler.works_outside() && !*called && self.looks_new(message).await? {
             self.call_out(message).await?;
             *called = true;
@@ -57,7 +57,7 @@ impl Worker {
         ended(self.handler.call_out(message), &self.options).await
     }
 
-    async fn looks_new(&mut self, message: &Received) -> Result<bool, Failure> {
+    pub(super) async fn looks_new(&mut self, message: &Received) -> Result<bool, Failure> {
         let options = Arc::clone(&self.options);
         let conn = self.session().await?;
         let mut is_new = false;

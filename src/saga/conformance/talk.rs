@@ -144,10 +144,13 @@ impl<B: Broker> Talk<B> {
 
     /// Takes one reply; false if none came in time.
     async fn hear(&mut self, until: Instant) -> Result<bool, ConformanceError> {
-        let Ok(delivery) = tokio::time::timeout_at(until, self.subscription.next()).await else {
-            return Ok(false);
+        let mut outcomes = Vec::new();
+        let delivery = tokio::select! {
+            delivery = self.subscription.next() => delivery?,
+            // Nothing is unconfirmed: this keeps the session alive.
+            result = self.publisher.outcomes(&mut outcomes) => return Ok(result.map(|()| true)?),
+            () = tokio::time::sleep_until(until) => return Ok(false),
         };
-        let delivery = delivery?;
         self.subscription.ack(delivery.tag).await?;
         // Replies to other sagas come too.
         if let Some((saga, heard)) = Heard::of(&delivery)

@@ -4,6 +4,7 @@
 //! those that kill or freeze a server get their own ([`Lab::own`]). Everything goes when the test, or the whole test
 //! process, ends however it ends.
 
+pub mod amqp_peer;
 pub mod api;
 pub mod endpoint;
 pub mod participant;
@@ -98,9 +99,13 @@ impl Lab {
 
     /// On the shared Postgres and a RabbitMQ of its own with the management API.
     pub async fn with_management() -> Self {
+        Self::with_rabbit(RabbitOptions { management: true, ..RabbitOptions::default() }).await
+    }
+
+    /// On the shared Postgres and a RabbitMQ of its own with other settings.
+    pub async fn with_rabbit(options: RabbitOptions) -> Self {
         let postgres = Postgres::attach(shared_nodes()).await.expect("the shared Postgres runs");
-        let options = RabbitOptions { management: true, ..RabbitOptions::default() };
-        let rabbit = Rabbit::start(&folder("managed"), options).await.expect("RabbitMQ starts");
+        let rabbit = Rabbit::start(&folder("rabbit"), options).await.expect("RabbitMQ starts");
         Self::on(postgres, rabbit).await
     }
 
