@@ -114,6 +114,9 @@ impl Lab {
         postgres.create_database(&name).await.expect("a database");
         rabbit.add_vhost(&name).await.expect("a vhost");
         let lab = Self { database_url: postgres.url(&name), amqp_url: rabbit.url(&name), name, postgres, rabbit };
+        // Roles belong to the whole cluster: the first migration makes them while no other looks for them.
+        static FIRST: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+        let _turn = FIRST.lock().await;
         oncebox::migrate::migrate(&lab.database_url).await.expect("the migrations apply");
         lab
     }
