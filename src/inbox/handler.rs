@@ -92,6 +92,8 @@ pub trait BatchHandler: Send + Sync {
 #[derive(Debug, Clone)]
 pub struct SqlHandler {
     signature: String,
+    /// One call, a statement of its own.
+    call: String,
     /// Called as it stands.
     directly: Calls,
     /// Called with a snapshot of its own, as a function must be that the planner may inline.
@@ -100,10 +102,9 @@ pub struct SqlHandler {
     is_inlined: OnceLock<bool>,
 }
 
-/// The statements that name the function.
+/// The statements in which the call is not alone.
 #[derive(Debug, Clone)]
 pub(super) struct Calls {
-    one: String,
     all: String,
     pub(super) at_once: AtOnce,
 }
@@ -112,7 +113,6 @@ impl Calls {
     /// With the text of a call up to its arguments.
     fn of(call: &str) -> Self {
         Self {
-            one: format!("select {call}$1, $2, $3::text::jsonb, $4::text::jsonb)"),
             // A volatile function in the list is evaluated after the sort: in the order of n.
             all: format!(
                 "select {call}m.id, m.topic, m.payload::jsonb, m.headers::jsonb)
@@ -174,6 +174,7 @@ impl SqlHandler {
         let quoted = quoted.join(".");
         Ok(Self {
             signature: format!("{quoted}(uuid, text, jsonb, jsonb)"),
+            call: format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)"),
             directly: Calls::of(&format!("{quoted}(")),
             apart: Calls::of(&format!("oncebox.inbox_call('{}', ", quoted.replace('\'', "''"))),
             is_inlined: OnceLock::new(),
@@ -219,8 +220,8 @@ impl Handler for SqlHandler {
     fn handle<'a>(&'a self, conn: &'a mut PgConnection, message: &'a Received) -> Handling<'a> {
         Box::pin(async move {
             let (payload, headers) = arguments(message)?;
-            // The function's name was quoted when the handler was made. The statement is its own: nothing is old in it.
-            sqlx::query(AssertSqlSafe(self.directly.one.as_str()))
+            // The function's name was quoted when the handler was made.
+            sqlx::query(AssertSqlSafe(self.call.as_str()))
                 .bind(message.id.0)
                 .bind(&message.topic)
                 .bind(payload)
