@@ -130,7 +130,8 @@ pub struct SessionOptions {
     pub statement_timeout: Duration,
     /// A transaction in which nothing happens for longer is ended by the server, and with it its locks.
     pub idle_timeout: Duration,
-    /// Index scans whatever the statistics say: the log's tables may never have been analysed.
+    /// Index scans whatever the statistics say, since the log's tables may never have been analysed; and no parallel
+    /// workers, which cost a small read more than it takes.
     pub index_scans_only: bool,
 }
 
@@ -156,7 +157,9 @@ pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection,
             set_config('default_transaction_isolation', 'read committed', false),
             set_config('enable_seqscan', $2, false),
             set_config('enable_bitmapscan', $2, false),
-            set_config('plan_cache_mode', $3, false)",
+            set_config('plan_cache_mode', $3, false),
+            set_config('max_parallel_workers_per_gather', case when $2 = 'off' then '0'
+                else current_setting('max_parallel_workers_per_gather') end, false)",
     )
     .bind(format!("{}ms", options.statement_timeout.as_millis()))
     .bind(if options.index_scans_only { "off" } else { "on" })

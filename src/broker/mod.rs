@@ -1,4 +1,4 @@
-//! The port to the broker: publish with exact outcomes, consume with single acknowledgements.
+//! The port to the broker: publish with exact outcomes, consume with exact acknowledgements.
 //!
 //! Two implementations hold to one conformance suite: [`rabbitmq`], and [`memory`] with faults for tests.
 //! The port knows messages and outcomes; it knows neither database nor retries: the relay and the consumer
@@ -188,7 +188,7 @@ pub trait Subscription: Send + 'static {
     /// Acknowledges one delivery of this session, and it alone.
     fn ack(&mut self, tag: u64) -> impl Future<Output = Result<(), BrokerError>> + Send;
 
-    /// Acknowledges these deliveries, each alone: what lies between their tags stays unacknowledged.
+    /// Acknowledges these deliveries and no others: what lies between their tags stays unacknowledged.
     fn ack_all(&mut self, tags: &[u64]) -> impl Future<Output = Result<(), BrokerError>> + Send {
         async move {
             for tag in tags {

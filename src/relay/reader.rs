@@ -28,7 +28,10 @@ const LOOK_ROWS: i64 = 100;
 const LOOK_COUNTERS: usize = 32;
 /// Bytes of bodies after which a read stops.
 const PAGE_BYTES: usize = 8 << 20;
-/// Looks while messages come: what a message waits here at most, beside the work for those before it.
+/// Looks one after the other behind a row, for the next one: under load it comes within these few, which cost less than
+/// a message, and below it they are few.
+const QUICK_LOOKS: u32 = 6;
+/// Pause between looks while messages come.
 const POLL_BUSY: Duration = Duration::from_millis(1);
 /// Looks when nothing has come for a while.
 const POLL_IDLE: Duration = Duration::from_millis(50);
@@ -97,6 +100,7 @@ impl Reader {
     pub async fn run(mut self) -> Result<(), DbError> {
         let mut limit = FIRST_PAGE_ROWS;
         let mut last_row = Instant::now();
+        let mut looks_since: u32 = 0;
         let mut last_plan = Instant::now();
         let mut tidied = false;
         let mut rebase = false;
@@ -109,6 +113,7 @@ impl Reader {
                 limit = next_limit(limit, &page.rows);
                 if !page.rows.is_empty() {
                     last_row = Instant::now();
+                    looks_since = 0;
                     tidied = false;
                 }
                 if !self.hand_on(&plan, page).await? {
@@ -120,6 +125,7 @@ impl Reader {
             }
 
             let looked = Instant::now();
+            looks_since = looks_since.saturating_add(1);
             let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER;
             let forced = tidy || std::mem::take(&mut rebase);
             let idle = last_row.elapsed() >= BUSY_FOR;
@@ -138,6 +144,7 @@ impl Reader {
                     failpoints::pass("relay.window_read");
                     limit = next_limit(limit, &opened.rows);
                     last_row = Instant::now();
+                    looks_since = 0;
                     tidied = false;
                 }
                 let page = window::Page { rows: opened.rows, last: opened.complete };
@@ -152,7 +159,7 @@ impl Reader {
                 if !journal::source_stands(&mut self.conn, self.newest.source).await? {
                     return Err(DbError::SourceReplaced { lane: self.newest.lane });
                 }
-            } else if !rebase {
+            } else if !rebase && looks_since > QUICK_LOOKS {
                 tokio::time::sleep(poll_delay(last_row.elapsed())).await;
             }
         }

@@ -4,7 +4,7 @@
 use crate::support::Lab;
 use crate::window::{Reader, read};
 use oncebox::outbox::window;
-use sqlx::{Executor, PgConnection};
+use sqlx::{AssertSqlSafe, Executor, PgConnection};
 
 const LEAVES: [&str; 8] =
     ["outbox_0", "outbox_1", "outbox_2", "outbox_3", "outbox_4", "outbox_5", "outbox_6", "outbox_7"];
@@ -115,6 +115,37 @@ async fn a_log_analysed_when_almost_empty_is_read_by_index() {
     assert_eq!(reader.window(10).await.1.len(), 3);
     lab.sql("update oncebox.outbox_lease set owner = null, expires_at = '-infinity'").await;
     everything_costs_what_it_holds(&lab).await;
+}
+
+/// Goal: no parallel workers are started for a page of a log that looks large: each would be a process for a few rows.
+#[tokio::test]
+async fn a_page_takes_no_parallel_workers() {
+    let lab = Lab::own().await;
+    for free in
+        ["parallel_setup_cost", "parallel_tuple_cost", "min_parallel_table_scan_size", "min_parallel_index_scan_size"]
+    {
+        lab.sql(&format!("alter database {} set {free} = 0", lab.name)).await;
+    }
+    publish(&lab, "backlog", BACKLOG).await;
+    lab.sql("analyze oncebox.outbox").await;
+    let mut reader = Reader::new(&lab).await;
+    let plan = reader.look(false, 0).await.opened.expect("the backlog is found").recorded.plan;
+    assert_eq!(read(&mut reader.conn, &plan, 5_000).await.len() as i64, BACKLOG);
+    let prepared: Vec<String> = sqlx::query_scalar(
+        "select format('explain execute %s (%s)', p.name, array_to_string(array_fill('null'::text,
+            array[cardinality(p.parameter_types)]), ', '))
+        from pg_prepared_statements as p where p.statement like '%from oncebox.outbox as o%' and cardinality(p.parameter_types) > 0",
+    )
+    .fetch_all(&mut reader.conn)
+    .await
+    .expect("the session's statements");
+    assert!(!prepared.is_empty());
+    for explain in prepared {
+        let lines: Vec<String> =
+            sqlx::query_scalar(AssertSqlSafe(explain)).fetch_all(&mut reader.conn).await.expect("explains");
+        assert!(lines.iter().any(|line| line.contains("Index Scan")), "{lines:#?}");
+        assert!(!lines.iter().any(|line| line.contains("Gather")), "{lines:#?}");
+    }
 }
 
 /// Goal: savepoints can put any number of xids between a plan's snapshot and its own: its looks, its window and the

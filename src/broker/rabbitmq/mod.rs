@@ -9,6 +9,7 @@
 //! lapin's gives up after 16 attempts and keeps stale returns over a channel reset. A session that failed stays failed; who
 //! opened it opens another. Queues are declared here, never changed or deleted.
 
+mod acks;
 mod connection;
 mod flight;
 mod frames;

@@ -1,5 +1,6 @@
-//! The consuming session: one channel, one queue, single acknowledgements.
+//! The consuming session: one channel, one queue, and acknowledgements of exactly what was settled.
 
+use super::acks::Acks;
 use super::session::{self, Session};
 use super::{RabbitMq, short, wire};
 use crate::broker::{BrokerError, QueueSpec, Subscription, void_exchange};
@@ -25,6 +26,7 @@ pub struct RabbitSubscription {
     session: Session,
     queue: String,
     ack_timeout: Duration,
+    acks: Acks,
     failed: Option<BrokerError>,
 }
 
@@ -72,6 +74,7 @@ impl RabbitSubscription {
             session,
             queue: spec.name.clone(),
             ack_timeout: broker.options.confirm_timeout,
+            acks: Acks::default(),
             failed: None,
         })
     }
@@ -95,7 +98,10 @@ impl Subscription for RabbitSubscription {
             return Err(error.clone());
         }
         match self.consumer.next().await {
-            Some(Ok(delivery)) => Ok(wire::delivery(delivery)),
+            Some(Ok(delivery)) => {
+                self.acks.delivered(delivery.delivery_tag);
+                Ok(wire::delivery(delivery))
+            }
             Some(Err(error)) => Err(self.fail(session::lost(&error))),
             None => {
                 let text = format!("the broker cancelled the consumer: was queue \"{}\" deleted?", self.queue);
@@ -123,14 +129,16 @@ impl Subscription for RabbitSubscription {
         self.ack_all(&[tag]).await
     }
 
-    /// Each acknowledgement is its own frame; together they are one wake of lapin's thread, and one write.
+    /// As few frames as may be; together they are one wake of lapin's thread, and one write.
     async fn ack_all(&mut self, tags: &[u64]) -> Result<(), BrokerError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
         let (channel, limit) = (&self.channel, self.ack_timeout);
-        let acks = join_all(tags.iter().map(|tag| channel.basic_ack(*tag, BasicAckOptions::default())));
-        match tokio::time::timeout(limit, acks).await {
+        let frames = self.acks.frames(tags);
+        let sent =
+            join_all(frames.iter().map(|ack| channel.basic_ack(ack.tag, BasicAckOptions { multiple: ack.multiple })));
+        match tokio::time::timeout(limit, sent).await {
             Ok(results) => match results.into_iter().find_map(Result::err) {
                 None => Ok(()),
                 Some(error) => Err(self.fail(session::lost(&error))),
