@@ -1,15 +1,23 @@
 //! CPU seconds of processes, from /proc: of this one, and of a server with all its children.
 
-use super::servers::Servers;
 use std::fs;
 use std::time::Instant;
 
 /// Linux counts in hundredths of a second on every architecture this runs on.
 const TICKS_PER_S: f64 = 100.0;
 
+/// Processes of the servers, as far as they are known.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Pids {
+    /// The postmaster.
+    pub(super) postgres: Option<u32>,
+    /// The broker's Erlang machine.
+    pub(super) broker: Option<u32>,
+}
+
 /// A clock that also notes how much CPU this process and the servers took.
-pub(super) struct Meter<'a> {
-    servers: &'a Servers,
+pub(super) struct Meter {
+    pids: Pids,
     began: Instant,
     cpu: Cpu,
 }
@@ -35,11 +43,11 @@ pub(super) struct Cpu {
 }
 
 impl Cpu {
-    fn now(servers: &Servers) -> Self {
+    fn now(pids: Pids) -> Self {
         Self {
             client: own_seconds(),
-            postgres: servers.postgres_pid().and_then(tree_seconds),
-            broker: servers.broker_pid().and_then(tree_seconds),
+            postgres: pids.postgres.and_then(tree_seconds),
+            broker: pids.broker.and_then(tree_seconds),
         }
     }
 
@@ -59,10 +67,10 @@ impl Cpu {
     }
 }
 
-impl<'a> Meter<'a> {
-    pub(super) fn start(servers: &'a Servers) -> Self {
-        let cpu = Cpu::now(servers);
-        Self { servers, began: Instant::now(), cpu }
+impl Meter {
+    pub(super) fn start(pids: Pids) -> Self {
+        let cpu = Cpu::now(pids);
+        Self { pids, began: Instant::now(), cpu }
     }
 
     /// What passed since the start.
@@ -73,7 +81,7 @@ impl<'a> Meter<'a> {
     /// The same with the time between two moments of the work itself: CPU is taken from the meter's start until now.
     pub(super) fn spent_between(&self, began: Instant, ended: Instant) -> Spent {
         let seconds = ended.saturating_duration_since(began).as_secs_f64();
-        Spent { seconds, cpu: Cpu::now(self.servers).with(self.cpu, |now, then| now - then) }
+        Spent { seconds, cpu: Cpu::now(self.pids).with(self.cpu, |now, then| now - then) }
     }
 }
 

@@ -366,7 +366,7 @@ async fn look(
         inbox: inbox / MIB,
         rest: rest / MIB,
         memory: memory_mib(std::process::id()),
-        broker_memory: stage.servers.broker_pid().and_then(memory_mib),
+        broker_memory: stage.servers.pids().broker.and_then(memory_mib),
         dead_log,
         dead_rest,
     })

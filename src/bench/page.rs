@@ -2,7 +2,7 @@
 
 use super::figure::{Figure, Figures, Role};
 use super::report::{Measurement, Plot, Report};
-use super::svg;
+use super::svg::{self, escape};
 use super::table::{headers, ratios, row};
 
 const STYLE: &str = "
@@ -125,23 +125,6 @@ fn color(role: Role) -> &'static str {
         Role::Baseline => "#c3a46b",
         Role::Subject => "#2f8f6b",
     }
-}
-
-/// Text that cannot be taken for markup.
-pub(super) fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            // XML has no word for them.
-            c if c.is_control() && c != '\n' => escaped.push(' '),
-            c => escaped.push(c),
-        }
-    }
-    escaped
 }
 
 #[cfg(test)]

@@ -149,7 +149,7 @@ async fn drain(bench: &RelayBench, stage: &Stage, exchange: &str, snapshot_held:
 /// run; a large one is filled once and a part of it is drained in each run.
 async fn by_size(bench: &RelayBench, stage: &Stage, measurement: Measurement) -> anyhow::Result<Measurement> {
     let (servers, sizes) = (&stage.servers, &bench.backlog);
-    if servers.postgres_pid().is_none() {
+    if servers.pids().postgres.is_none() {
         let reason =
             "needs the CPU of Postgres: take private servers, or name a local one's process with --postgres-pid";
         return Err(ConfigError { setting: "--backlog".to_owned(), reason: reason.to_owned() }.into());

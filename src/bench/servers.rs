@@ -3,7 +3,7 @@
 //! Private servers have fsync on and their products' default settings: a figure without them would be of a system that
 //! nobody runs.
 
-use super::cpu::Meter;
+use super::cpu::{Meter, Pids};
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::config::{Config, ConfigError};
 use crate::node::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
@@ -46,8 +46,7 @@ impl Needs {
 pub(super) struct Servers {
     database_url: Option<String>,
     amqp_url: Option<String>,
-    postgres_pid: Option<u32>,
-    broker_pid: Option<u32>,
+    pids: Pids,
     // Before the folder they live in.
     postgres: Option<Postgres>,
     rabbit: Option<Rabbit>,
@@ -77,8 +76,10 @@ impl Servers {
         let mut servers = Self {
             database_url: database_url.transpose()?.map(str::to_owned),
             amqp_url: amqp_url.transpose()?.map(str::to_owned),
-            postgres_pid: known(options.postgres_pid, "--postgres-pid", "postgres")?,
-            broker_pid: known(options.broker_pid, "--broker-pid", "beam")?,
+            pids: Pids {
+                postgres: known(options.postgres_pid, "--postgres-pid", "postgres")?,
+                broker: known(options.broker_pid, "--broker-pid", "beam")?,
+            },
             postgres: None,
             rabbit: None,
             _folder: None,
@@ -112,14 +113,14 @@ impl Servers {
             let postgres = Postgres::start(&path, PostgresOptions::default()).await?;
             postgres.create_database("oncebox").await?;
             self.database_url = Some(postgres.url("oncebox"));
-            self.postgres_pid = postgres.pid();
+            self.pids.postgres = postgres.pid();
             self.postgres = Some(postgres);
         }
         if missing.broker {
             eprintln!("starting a private RabbitMQ …");
             let rabbit = Rabbit::start(&path, RabbitOptions::default()).await?;
             self.amqp_url = Some(rabbit.url("/"));
-            self.broker_pid = rabbit.pid();
+            self.pids.broker = rabbit.pid();
             self.rabbit = Some(rabbit);
         }
         Ok(())
@@ -138,17 +139,13 @@ impl Servers {
         self.amqp_url.as_deref().context("this benchmark was started without a broker")
     }
 
-    pub(super) fn postgres_pid(&self) -> Option<u32> {
-        self.postgres_pid
-    }
-
-    pub(super) fn broker_pid(&self) -> Option<u32> {
-        self.broker_pid
+    pub(super) fn pids(&self) -> Pids {
+        self.pids
     }
 
     /// Starts the clock, of CPU too.
-    pub(super) fn meter(&self) -> Meter<'_> {
-        Meter::start(self)
+    pub(super) fn meter(&self) -> Meter {
+        Meter::start(self.pids)
     }
 
     /// What a reader must know of the servers, in words.
@@ -186,8 +183,8 @@ impl Servers {
 
     /// Why CPU figures are missing, if they are.
     pub(super) fn silent(&self) -> Option<String> {
-        let postgres = self.database_url.is_some() && self.postgres_pid.is_none();
-        let broker = self.amqp_url.is_some() && self.broker_pid.is_none();
+        let postgres = self.database_url.is_some() && self.pids.postgres.is_none();
+        let broker = self.amqp_url.is_some() && self.pids.broker.is_none();
         let whose = match (postgres, broker) {
             (true, true) => "Postgres and the broker",
             (true, false) => "Postgres",

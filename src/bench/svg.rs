@@ -1,7 +1,6 @@
 //! Bars, histograms and curves as SVG, made by hand. Pure.
 
 use super::figure::Figure;
-use super::page::escape;
 use super::report::Plot;
 use super::table::number;
 
@@ -197,6 +196,23 @@ fn text(x: f64, y: f64, anchor: &str, class: &str, text: &str) -> String {
 
 fn svg(height: f64, body: &str) -> String {
     format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" xml:space=\"preserve\">\n{body}</svg>\n")
+}
+
+/// Text that cannot be taken for markup.
+pub(super) fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => escaped.push_str("&amp;"),
+            '<' => escaped.push_str("&lt;"),
+            '>' => escaped.push_str("&gt;"),
+            '"' => escaped.push_str("&quot;"),
+            // XML has no word for them.
+            c if c.is_control() && c != '\n' => escaped.push(' '),
+            c => escaped.push(c),
+        }
+    }
+    escaped
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! What an outbox row adds to a business transaction: rate, and CPU of Postgres.
 //!
 //! Every side is the same transaction, `begin`, a business row, what is added, `commit`, each a statement of its own as an
-//! app sends them. A plain insert of the same row into the log is the floor: what is above it is the function's own. A row
-//! of topic and payload in a table of one's own is what a hand-made outbox would cost.
+//! app sends them; one publishes in the business row's own statement instead, as its `returning`. A plain insert of the
+//! same row into the log is the floor: what is above it is the function's own. A row of topic and payload in a table of
+//! one's own is what a hand-made outbox would cost.
 
 use super::cpu::Spent;
 use super::figure::{Better, Measured, Section, Side};
@@ -35,6 +36,8 @@ const TABLES: &str = "
         id bigint generated always as identity primary key, topic text not null, payload jsonb not null
     ) with (autovacuum_enabled = off);";
 const BUSINESS: &str = "insert into business (customer, amount, payload) values ($1, $2, $3)";
+const BUSINESS_RETURNING_PUBLISH: &str = "insert into business (customer, amount, payload) values ($1, $2, $3)
+    returning oncebox.publish('order.placed', payload)";
 
 #[derive(Debug, Args)]
 pub(super) struct WriteBench {
@@ -66,6 +69,7 @@ enum Adds {
     OwnTable,
     PlainInsert,
     Publish,
+    PublishReturning,
     PublishWithKey,
     PublishBytes,
     PublishBesideRelay,
@@ -73,11 +77,12 @@ enum Adds {
 
 impl Adds {
     /// The last one needs a broker.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Nothing,
         Self::OwnTable,
         Self::PlainInsert,
         Self::Publish,
+        Self::PublishReturning,
         Self::PublishWithKey,
         Self::PublishBytes,
         Self::PublishBesideRelay,
@@ -89,6 +94,7 @@ impl Adds {
             Self::OwnTable => "and a row in a table of one's own",
             Self::PlainInsert => "and a plain insert into the log",
             Self::Publish => "and publish",
+            Self::PublishReturning => "and publish, in the same statement",
             Self::PublishWithKey => "and publish with a key",
             Self::PublishBytes => "and publish_bytes",
             Self::PublishBesideRelay => "and publish, relay running",
@@ -102,9 +108,15 @@ impl Adds {
         }
     }
 
+    /// What writes the business row.
+    fn business(self) -> &'static str {
+        if self == Self::PublishReturning { BUSINESS_RETURNING_PUBLISH } else { BUSINESS }
+    }
+
+    /// What follows it.
     fn statement(self) -> Option<&'static str> {
         match self {
-            Self::Nothing => None,
+            Self::Nothing | Self::PublishReturning => None,
             Self::OwnTable => Some("insert into own_outbox (topic, payload) values ('order.placed', $1)"),
             Self::PlainInsert => Some(
                 "insert into oncebox.outbox (
@@ -125,7 +137,7 @@ impl Adds {
 }
 
 pub(super) async fn run(bench: &WriteBench, stage: &Stage) -> anyhow::Result<Measurement> {
-    let sides = if bench.relay { &Adds::ALL[..] } else { &Adds::ALL[..6] };
+    let sides = if bench.relay { &Adds::ALL[..] } else { &Adds::ALL[..7] };
     let mut measurement = Measurement::new("write", "What an outbox row adds to a business transaction")
         .setting("payload", format!("{} B", bench.payload))
         .setting("seconds a run", bench.seconds);
@@ -253,7 +265,7 @@ impl Writing {
 
     async fn transaction(&mut self) -> Result<(), sqlx::Error> {
         let mut transaction = self.conn.begin().await?;
-        sqlx::query(BUSINESS)
+        sqlx::query(self.adds.business())
             .bind(self.ordinal % 10_000)
             .bind(self.ordinal)
             .bind(&self.payload)

@@ -97,9 +97,9 @@ async fn write_gives_what_a_row_adds() {
         ["write", "--connections", "1,2", "--seconds", "1", "--relay", "--runs", "1", "--postgres-pid", pid.as_str()];
     let measurement = bench(&lab, &args).await;
     for connections in ["1 connections", "2 connections"] {
-        let rates = figures(section(&measurement, connections), 1, 7);
+        let rates = figures(section(&measurement, connections), 1, 8);
         let title = format!("added to the business row, {connections}");
-        let added = figures(section(&measurement, &title), 1, 6);
+        let added = figures(section(&measurement, &title), 1, 7);
         let cpu = |figure: &Value| figure["cpu_s_per_100k"]["postgres"].as_f64().expect("the pid is known");
         for (with, added) in rates[1..].iter().zip(added) {
             assert_eq!(with["name"], added["name"]);
@@ -115,7 +115,7 @@ async fn write_gives_what_a_row_adds() {
 async fn write_without_cpu_gives_rates_alone() {
     let lab = Lab::shared().await;
     let measurement = bench(&lab, &["write", "--connections", "1", "--seconds", "1", "--runs", "1"]).await;
-    figures(section(&measurement, "1 connections"), 1, 6);
+    figures(section(&measurement, "1 connections"), 1, 7);
     assert_eq!(measurement["sections"].as_array().map(Vec::len), Some(1), "{measurement}");
 }
 

@@ -1,7 +1,7 @@
 //! `oncebox saga define|validate|definitions|undefine`.
 
 use super::operate::caller;
-use super::show::clean;
+use super::text::clean;
 use crate::db;
 use crate::saga::definition::{Definition, Fault, document_from_text};
 use crate::saga::read::{self, DefinitionSummary};

@@ -1,6 +1,7 @@
 //! `oncebox saga list`.
 
-use super::draw::{Ink, Style, clean, cut, date_time, duration};
+use super::draw::{Ink, Style};
+use super::text::{clean, cut, date_time, duration};
 use super::{name_of, style};
 use crate::config::ConfigError;
 use crate::db::{self, DbError};

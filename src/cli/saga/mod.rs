@@ -12,6 +12,7 @@ pub mod list;
 mod operate;
 mod show;
 pub mod start;
+mod text;
 mod verify;
 mod view;
 

@@ -1,9 +1,8 @@
 //! `oncebox saga show|watch`.
 
-pub(super) use super::draw::clean;
 use super::draw::{self, draw};
 use super::view::{self, Parts, View};
-use super::{find, missing, now, style};
+use super::{find, missing, now, style, text};
 use crate::config;
 use crate::saga::definition::Definition;
 use crate::saga::read::{self, Compensation, Detail, HistoryRow};
@@ -166,7 +165,7 @@ pub(super) async fn watch(conn: &mut PgConnection, args: WatchArgs) -> anyhow::R
             eprintln!(
                 "oncebox: still {} after {}",
                 part.status.as_str(),
-                draw::duration(began.elapsed().as_millis() as i64)
+                text::duration(began.elapsed().as_millis() as i64)
             );
             return Ok(ExitCode::FAILURE);
         }

@@ -1,7 +1,7 @@
 //! `oncebox saga start|signal`.
 
 use super::list::{label, labels};
-use super::{LIMIT, find, said, show};
+use super::{LIMIT, find, said, text};
 use crate::cli::since;
 use crate::config::ConfigError;
 use crate::db::{self, DbError};
@@ -169,7 +169,7 @@ pub(super) async fn signal(conn: &mut PgConnection, args: SignalArgs) -> anyhow:
     db::bounded("the signal", LIMIT, query.execute(conn)).await.map_err(said)?;
     match args.json {
         true => println!("{}", json!({ "id": id, "signal": args.name })),
-        false => println!("sent signal {} to {id}", show::clean(&args.name)),
+        false => println!("sent signal {} to {id}", text::clean(&args.name)),
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `oncebox saga verify`.
 
-use super::show::clean;
+use super::text::clean;
 use super::{find, missing, name_of};
 use crate::config::ConfigError;
 use crate::saga::verify::{self, Finding, Report};

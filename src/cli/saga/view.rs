@@ -1,6 +1,6 @@
 //! What there is to say of one saga, put together from its rows, its definition and its history: pure, no I/O.
 
-use super::draw::{clean, cut, duration};
+use super::text::{clean, cut, duration};
 use crate::saga::definition::{Definition, Retry, StepDefinition, Work};
 use crate::saga::read::{self, Detail, HistoryRow};
 use crate::saga::snapshot::{millis, state};
