@@ -10,7 +10,7 @@
 use super::worker::Times;
 use std::time::{Duration, Instant};
 
-/// Size of the first batch, and of the first after a failure; it doubles with each that succeeds in time.
+/// Size of the first batch, and most of one after a failure; it doubles with each that succeeds in time.
 const FIRST_SIZE: usize = 8;
 /// Longer batches are halved: they keep locks, and other processes out.
 const LONG_BATCH: Duration = Duration::from_millis(200);
@@ -90,9 +90,10 @@ impl Pace {
         self.size
     }
 
-    /// A batch was rolled back.
+    /// A batch was rolled back. If it had too much to do for the handler's time-out, a half, at last a single message, has
+    /// not.
     pub(super) fn failed(&mut self) {
-        self.size = FIRST_SIZE.min(self.max);
+        self.size = (self.size / 2).clamp(1, FIRST_SIZE);
     }
 
     /// A transaction of so many messages was committed, and took so long if that is known; true if deliveries go to the
@@ -100,7 +101,7 @@ impl Pace {
     pub(super) fn applied(&mut self, messages: usize, took: Option<Times>, now: Instant) -> bool {
         let total = took.map_or(Duration::ZERO, |took| took.inbox + took.handler);
         self.size = match total > LONG_BATCH {
-            true => (self.size / 2).max(2),
+            true => (self.size / 2).max(1),
             false => 2 * self.size,
         }
         .min(self.max);
@@ -113,14 +114,19 @@ impl Pace {
         self.aside = Some(Aside { since: now, until: now + self.keep, batched, handed: 0, crowded: 0, stuck: false });
         // The next slow one is enough: the sessions are warm.
         self.slow = SLOW_IN_A_ROW - 1;
-        self.size = FIRST_SIZE.min(self.max);
+        self.begin_small();
         true
+    }
+
+    /// What fits was found out before.
+    fn begin_small(&mut self) {
+        self.size = self.size.min(FIRST_SIZE);
     }
 
     /// A message waits for something, or the workers still wait for it: the others must not, so deliveries go to the
     /// workers.
     pub(super) fn stuck(&mut self, now: Instant) {
-        self.size = FIRST_SIZE.min(self.max);
+        self.begin_small();
         self.aside = Some(Aside { since: now, until: now + TRIAL, batched: 0.0, handed: 0, crowded: 0, stuck: true });
     }
 
@@ -229,6 +235,28 @@ mod tests {
             assert!(!pace.applied(10, times(1_000, 99_000), now + Duration::from_secs(wait_s - 1)), "{wait_s}");
             now += Duration::from_secs(wait_s);
             assert!(pace.applied(10, times(1_000, 99_000), now), "{wait_s}");
+        }
+    }
+
+    /// Goal: however few calls fit into the time-out, a size is found that does, its times are learned, and what was found
+    /// is kept while the workers have their trial.
+    #[test]
+    fn a_size_that_fits_is_found() {
+        let start = Instant::now();
+        for fits in 1..=FIRST_SIZE {
+            let mut pace = Pace::new(100, 8);
+            for _ in 0..20 {
+                match pace.size() {
+                    size if size > fits => pace.failed(),
+                    size => drop(pace.applied(size, times(1_000, 900_000 * size as u64), start)),
+                }
+                if pace.is_aside() {
+                    break;
+                }
+            }
+            assert!(pace.is_aside(), "{fits} fit, and side by side is never tried");
+            assert_eq!(pace.look_back(0, start + TRIAL), Some(Verdict::Idle));
+            assert!(pace.size() <= fits, "{fits} fit, and {} are the next batch", pace.size());
         }
     }
 

@@ -215,6 +215,27 @@ async fn slow_handlers_run_side_by_side() {
     assert_in_order(effects(&lab).await, count, keys, 0);
 }
 
+/// Goal: the same where a first batch does not fit into the handler's time-out: it is not tried again and again.
+#[tokio::test]
+async fn handlers_slow_for_their_time_out_run_side_by_side() {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    lab.sql("alter table shop.effect add session integer default pg_backend_pid();
+        create or replace function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
+        language sql as $$ select pg_sleep(0.25);
+            insert into shop.effect (key, number) values ($4 ->> 'oncebox-key', ($3 ->> 'n')::bigint) $$")
+    .await;
+    let path = lab.config(&config("handler_timeout = \"1s\"\n"));
+    let _consumer = lab.consume(&path).await;
+    let _relay = lab.relay().await;
+    let (count, keys) = (60, 20);
+    publish(&lab, 1, count, keys, (0, "{}")).await;
+    eventually_number(&mut lab.connect().await, "select count(*) from shop.effect", count).await;
+    let sessions = lab.number("select count(distinct session) from shop.effect").await;
+    assert!(sessions > 2, "{sessions} sessions applied them");
+    assert_in_order(effects(&lab).await, count, keys, 0);
+}
+
 /// Goal: a batch is what is waiting and never waits for more: with one message at a time, each is handled before the next
 /// one is there, and shares its transaction with no other.
 #[tokio::test]
