@@ -11,17 +11,17 @@ use super::pace::Pace;
 use super::worker::{
     Failure, MARGIN, Times, Worker, accept_error, commit_failure, ended, handler_failure, stands, within,
 };
-use super::{Job, Order, Settled, worker_of};
+use super::{Job, Order, Settled, Taken, worker_of};
 use crate::failpoints;
 use crate::inbox::handler::SqlHandler;
 use crate::inbox::held::{self, Reason};
 use crate::inbox::{self, Received, Reception};
-use crate::message::Delivery;
+use crate::message::{Delivery, MessageId};
 use sqlx::Connection;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 /// Bytes of payload after which a batch takes no more.
@@ -29,7 +29,7 @@ const MAX_BYTES: usize = 8 << 20;
 /// Deliveries passed on at a time: more than any prefetch.
 const MAX_PASSED_ON: u32 = 4_096;
 
-/// Longest wait of a batch for a lock: all its messages wait along.
+/// Longest wait of a batch for one lock: all its messages wait along.
 const LOCK_LIMIT: Duration = Duration::from_secs(1);
 /// How long the workers are waited for before batches begin again: if one is stuck, deliveries keep going past it.
 const WORKERS_LIMIT: Duration = Duration::from_millis(100);
@@ -65,13 +65,10 @@ struct Batch {
 impl Batching {
     async fn run(mut self, stop: &CancellationToken) {
         while let Some((session, delivery)) = self.next(stop).await {
-            let goes_on = if self.passes_on(stop).await {
-                self.pass_on(session, delivery, stop).await
-            } else if !may_share(&delivery) {
-                self.worker.deliver_and_settle(session, delivery, stop).await
-            } else {
-                let batch = self.collect(session, delivery);
-                self.apply(batch, stop).await
+            let goes_on = match id_of(&delivery) {
+                Some(id) => self.bring_next(Taken::new(session, id, delivery), stop).await,
+                // It is in nobody's way.
+                None => self.worker.deliver_and_settle(session, delivery, stop).await,
             };
             if !goes_on {
                 break;
@@ -89,9 +86,9 @@ impl Batching {
                     biased;
                     () = stop.cancelled() => return None,
                     job = async { self.worker.jobs.lock().await.recv().await } => match job? {
-                        Job::Delivery { session, delivery, .. } => (session, delivery),
+                        Job::Delivery { session, delivery } => (session, delivery),
                         // Others go to the workers.
-                        Job::Taken { .. } | Job::Retry(_) => continue,
+                        Job::PassedOn { .. } | Job::Retry(_) => continue,
                     },
                 },
             };
@@ -99,26 +96,51 @@ impl Batching {
                 return None;
             }
             // The broker delivers it again in the present session.
-            if session == self.worker.shared.session.load(Ordering::SeqCst) {
+            if self.is_present(session) {
                 return Some((session, delivery));
             }
         }
     }
 
+    fn is_present(&self, session: u64) -> bool {
+        session == self.worker.shared.session.load(Ordering::SeqCst)
+    }
+
+    /// Brings a message, and maybe others with it, to a committed outcome, or passes it on; false once stopped. One that
+    /// was delivered before goes alone.
+    async fn bring_next(&mut self, taken: Taken, stop: &CancellationToken) -> bool {
+        if self.passes_on(stop).await {
+            self.pace.hand_on(self.in_hand());
+            return self.hand_over(taken, stop).await;
+        }
+        // While the workers were waited for, they may have left earlier ones of its key to the broker, of an old session
+        // or because they stop: it goes back with them.
+        if stop.is_cancelled() || !self.is_present(taken.session) {
+            return true;
+        }
+        if taken.redelivered {
+            return self.bring(taken, stop).await;
+        }
+        let batch = self.collect(taken);
+        self.apply(batch, stop).await
+    }
+
     /// Takes what waits, up to the size. An id is in a batch once: its copy finds it done in the next.
-    fn collect(&mut self, session: u64, first: Delivery) -> Batch {
-        let mut batch = Batch { session, tags: Vec::new(), messages: Vec::new() };
-        let mut bytes = first.body.len();
-        batch.take(first);
+    fn collect(&mut self, first: Taken) -> Batch {
+        let mut bytes = first.message.body.len();
+        let mut batch = Batch { session: first.session, tags: vec![first.tag], messages: vec![first.message] };
         let Ok(mut jobs) = self.worker.jobs.try_lock() else { return batch };
         while batch.messages.len() < self.pace.size() && bytes < MAX_BYTES {
-            let Ok(Job::Delivery { session, delivery, .. }) = jobs.try_recv() else { break };
-            if session != batch.session || !may_share(&delivery) || batch.has(&delivery) {
+            let Ok(Job::Delivery { session, delivery }) = jobs.try_recv() else { break };
+            let shares = session == batch.session && !delivery.redelivered;
+            let Some(id) = id_of(&delivery).filter(|id| shares && !batch.has(*id)) else {
                 self.carried = Some((session, delivery));
                 break;
-            }
+            };
             bytes += delivery.body.len();
-            batch.take(delivery);
+            let taken = Taken::new(session, id, delivery);
+            batch.tags.push(taken.tag);
+            batch.messages.push(taken.message);
         }
         batch
     }
@@ -156,7 +178,7 @@ impl Batching {
         }
         let alone = batch.messages.len() == 1;
         for (tag, message) in batch.tags.into_iter().zip(batch.messages) {
-            if !self.bring(batch.session, tag, message, stop).await {
+            if !self.bring(Taken { session: batch.session, tag, redelivered: false, message }, stop).await {
                 return false;
             }
         }
@@ -168,16 +190,17 @@ impl Batching {
 
     /// Brings one message to a committed outcome, or has its worker do so if that would keep the others waiting; false once
     /// stopped.
-    async fn bring(&mut self, session: u64, tag: u64, message: Received, stop: &CancellationToken) -> bool {
+    async fn bring(&mut self, taken: Taken, stop: &CancellationToken) -> bool {
         if self.pace.is_aside() {
-            return self.hand_over(session, tag, message, stop).await;
+            return self.hand_over(taken, stop).await;
         }
+        let Taken { session, tag, redelivered, message } = &taken;
         self.worker.took = None;
         let turn = Arc::clone(&self.worker.shared.turns).read_owned().await;
-        let done = match self.worker.attempt(&message, &mut false).await {
+        let done = match self.worker.bring_once(message, *redelivered, &mut false).await {
             Ok(()) => true,
             Err(failure @ (Failure::Handler(_) | Failure::CutOff(_))) => {
-                self.worker.bear(&message, failure, 1, stop).await.unwrap_or(false)
+                self.worker.bear(message, failure, 1, stop).await.unwrap_or(false)
             }
             Err(failure) => {
                 tracing::info!(
@@ -189,16 +212,26 @@ impl Batching {
         };
         drop(turn);
         match done {
-            true => self.worker.settled.send(Settled { session, tags: vec![tag] }).await.is_ok(),
-            false if self.pace.is_aside() => self.hand_over(session, tag, message, stop).await,
+            true => self.worker.settled.send(Settled { session: *session, tags: vec![*tag] }).await.is_ok(),
+            false if self.pace.is_aside() => self.hand_over(taken, stop).await,
             false => false,
         }
     }
 
-    async fn hand_over(&mut self, session: u64, tag: u64, message: Received, stop: &CancellationToken) -> bool {
+    /// Gives a message to its worker; false once stopped.
+    async fn hand_over(&mut self, taken: Taken, stop: &CancellationToken) -> bool {
         self.round += 1;
-        let worker = worker_of(message.key.as_deref(), self.workers.len(), self.round);
-        self.send_on(worker, stop, |passed_on| Job::Taken { session, tag, message: Box::new(message), passed_on }).await
+        let worker = worker_of(taken.message.key.as_deref(), self.workers.len(), self.round);
+        let taken = Box::new(taken);
+        let sending = async {
+            let Ok(permit) = Arc::clone(&self.passed_on).acquire_owned().await else { return false };
+            self.workers[worker].send(Job::PassedOn { taken, permit }).await.is_ok()
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => false,
+            sent = sending => sent,
+        }
     }
 
     /// Holds what a batch that is one statement found behind its key; false if the worker was stopped before.
@@ -230,8 +263,9 @@ impl Batching {
         let Some(verdict) = self.pace.look_back(self.in_hand(), Instant::now()) else { return true };
         let idle = tokio::time::timeout(WORKERS_LIMIT, self.passed_on.acquire_many(MAX_PASSED_ON));
         let idle = tokio::select! {
-            idle = idle => idle.is_ok(),
+            biased;
             () = stop.cancelled() => return true,
+            idle = idle => idle.is_ok(),
         };
         if !idle {
             self.pace.stuck(Instant::now());
@@ -240,49 +274,16 @@ impl Batching {
         tracing::debug!(consumer = self.worker.options.name, ?verdict, "batches again, after workers side by side");
         false
     }
-
-    async fn pass_on(&mut self, session: u64, delivery: Delivery, stop: &CancellationToken) -> bool {
-        self.round += 1;
-        self.pace.hand_on(self.in_hand());
-        let worker = worker_of(delivery.key(), self.workers.len(), self.round);
-        self.send_on(worker, stop, |passed_on| Job::Delivery { session, delivery, passed_on }).await
-    }
-
-    /// Gives a worker a job; false once stopped.
-    async fn send_on(
-        &self,
-        worker: usize,
-        stop: &CancellationToken,
-        job: impl FnOnce(Option<OwnedSemaphorePermit>) -> Job,
-    ) -> bool {
-        let sending = async {
-            let permit = Arc::clone(&self.passed_on).acquire_owned().await.ok();
-            self.workers[worker].send(job(permit)).await.is_ok()
-        };
-        tokio::select! {
-            sent = sending => sent,
-            () = stop.cancelled() => false,
-        }
-    }
 }
 
-/// What comes again, has no id, or is a void notice of a queue that was once read in order of its streams, goes alone.
-fn may_share(delivery: &Delivery) -> bool {
-    !delivery.redelivered && delivery.void().is_none() && Received::id_of(delivery).is_some()
+/// The id of what has one, and is no void notice of a queue that was once read in order of its streams.
+fn id_of(delivery: &Delivery) -> Option<MessageId> {
+    Received::id_of(delivery).filter(|_| delivery.void().is_none())
 }
 
 impl Batch {
-    fn has(&self, delivery: &Delivery) -> bool {
-        let id = Received::id_of(delivery);
-        self.messages.iter().any(|message| Some(message.id) == id)
-    }
-
-    fn take(&mut self, delivery: Delivery) {
-        failpoints::pass("consumer.delivered");
-        if let Some(id) = Received::id_of(&delivery) {
-            self.tags.push(delivery.tag);
-            self.messages.push(Received::new(id, delivery));
-        }
+    fn has(&self, id: MessageId) -> bool {
+        self.messages.iter().any(|message| message.id == id)
     }
 }
 
@@ -351,5 +352,55 @@ impl Worker {
         transaction.commit().await.map_err(commit_failure)?;
         failpoints::pass("consumer.batch_committed");
         Ok(times)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Shared;
+    use super::super::tests::{delivery, options};
+    use super::*;
+    use crate::inbox::handler::Handler;
+    use futures_util::FutureExt;
+
+    /// Goal: while a batch waits for the workers, one of them leaves an earlier message of its key to the broker, as of
+    /// an old session or because it is to stop: the batch goes back with it, and overtakes nothing.
+    #[tokio::test]
+    async fn a_batch_overtakes_nothing_that_a_worker_left() {
+        let handler: Arc<dyn Handler> = Arc::new(SqlHandler::new("shop.on_message").expect("a name"));
+        for n in 0..64 {
+            let (_jobs, queue) = mpsc::channel(1);
+            let (settled, _settled) = mpsc::channel(1);
+            let (worker_queue, mut handed_over) = mpsc::channel(1);
+            let (queue, shared) = (Arc::new(tokio::sync::Mutex::new(queue)), Arc::new(Shared::default()));
+            shared.session.store(1, Ordering::SeqCst);
+            let mut batching = Batching {
+                worker: Worker::new(0, Arc::new(options()), Arc::clone(&handler), queue, settled, Arc::clone(&shared)),
+                workers: vec![worker_queue],
+                passed_on: Arc::new(Semaphore::new(MAX_PASSED_ON as usize)),
+                pace: Pace::new(100, 8),
+                round: 0,
+                carried: None,
+            };
+            let now = Instant::now();
+            batching.pace.stuck(now - Duration::from_secs(2));
+            let earlier = Arc::clone(&batching.passed_on).acquire_owned().await.expect("open");
+            let stop = CancellationToken::new();
+            let delivery = delivery(2);
+            let id = id_of(&delivery).expect("an id");
+            {
+                let mut bringing = std::pin::pin!(batching.bring_next(Taken::new(1, id, delivery), &stop));
+                assert!((&mut bringing).now_or_never().is_none(), "it waits for the workers");
+                match n % 2 {
+                    0 => shared.session.store(2, Ordering::SeqCst),
+                    _ => stop.cancel(),
+                }
+                drop(earlier);
+                bringing.await;
+            }
+            // Nobody answers where the database would be: what is tried must wait, and goes to a worker.
+            let tried = batching.pace.is_aside() || handed_over.try_recv().is_ok();
+            assert!(!tried, "{n}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The consumer: `relay → broker → `**`consumer`**` → inbox → handler`.
 //!
-//! One task owns the subscription: it hands deliveries to workers and acknowledges each one alone, after a worker
-//! committed it: applied, held for another attempt, or parked. Nothing is ever requeued. Workers (`worker`) own
+//! One task owns the subscription: it hands deliveries to workers and acknowledges each one after a worker committed it
+//! (applied, held for another attempt, or parked), and never one that is open. Nothing is ever requeued. Workers (`worker`) own
 //! one database session each. With order by key or stream (`stream`), each of them always goes to the same worker, and
 //! what is held is decided by the table, so the order holds over redeliveries, failures and several processes. Where the
 //! handler allows it, one worker (`batch`) takes all deliveries instead, many in a transaction.
@@ -21,7 +21,7 @@ use crate::failpoints;
 use crate::inbox::Received;
 use crate::inbox::handler::Handler;
 use crate::inbox::held::Due;
-use crate::message::Delivery;
+use crate::message::{Delivery, MessageId};
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -106,12 +106,28 @@ pub enum ConsumerError {
 
 /// Work for a worker.
 enum Job {
-    /// A delivery of the subscription with this number; with what the batch worker waits for, if that passed it on.
-    Delivery { session: u64, delivery: Delivery, passed_on: Option<OwnedSemaphorePermit> },
-    /// The same, with the message taken out, which the batch worker could not apply for now.
-    Taken { session: u64, tag: u64, message: Box<Received>, passed_on: Option<OwnedSemaphorePermit> },
+    /// A delivery of the subscription with this number.
+    Delivery { session: u64, delivery: Delivery },
+    /// The same, passed on by the batch worker, which waits for the permit before it goes on itself.
+    PassedOn { taken: Box<Taken>, permit: OwnedSemaphorePermit },
     /// A waiting delivery whose turn has come.
     Retry(Due),
+}
+
+/// A delivery of the subscription with this number, with the message taken out.
+struct Taken {
+    session: u64,
+    tag: u64,
+    redelivered: bool,
+    message: Received,
+}
+
+impl Taken {
+    fn new(session: u64, id: MessageId, delivery: Delivery) -> Self {
+        failpoints::pass("consumer.delivered");
+        let (tag, redelivered) = (delivery.tag, delivery.redelivered);
+        Self { session, tag, redelivered, message: Received::new(id, delivery) }
+    }
 }
 
 /// Deliveries that are committed and may be acknowledged.
@@ -248,12 +264,13 @@ impl Shared {
     }
 }
 
-/// The same key or stream goes to the same worker; what has none goes round.
+/// The same key or stream goes to the same worker, as it came and as it is stored; what has none goes round.
 fn worker_of(key: Option<&str>, count: usize, round: u64) -> usize {
     match key {
         Some(key) => {
             let mut hasher = DefaultHasher::new();
-            key.hash(&mut hasher);
+            // Stored without NUL characters.
+            key.replace('\0', "\u{fffd}").hash(&mut hasher);
             (hasher.finish() % count as u64) as usize
         }
         None => (round % count as u64) as usize,
@@ -378,6 +395,11 @@ impl<B: Broker> Consuming<B> {
         round: u64,
         shutdown: &CancellationToken,
     ) -> Result<(), BrokerError> {
+        // Not handed out, not acknowledged: the broker delivers it again. So is everything behind it, or that would
+        // overtake it.
+        if shutdown.is_cancelled() {
+            return Ok(());
+        }
         let line = stream::line(self.options.order, &delivery);
         let queue = self.queues[worker_of(line, self.queues.len(), round)].clone();
         let mut settled = Vec::new();
@@ -386,14 +408,13 @@ impl<B: Broker> Consuming<B> {
                 permit = queue.reserve() => {
                     // Workers end before the queues do only when the process does.
                     if let Ok(permit) = permit {
-                        permit.send(Job::Delivery { session: self.session, delivery, passed_on: None });
+                        permit.send(Job::Delivery { session: self.session, delivery });
                     }
                     return Ok(());
                 }
                 1.. = self.settled.recv_many(&mut settled, SETTLED_AT_A_TIME) => {
                     self.acknowledge(subscription, &mut settled).await?;
                 }
-                // Not handed out, not acknowledged: the broker delivers it again.
                 () = shutdown.cancelled() => return Ok(()),
             }
         }
@@ -421,11 +442,82 @@ type Jobs = Arc<tokio::sync::Mutex<mpsc::Receiver<Job>>>;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::memory::MemoryBroker;
+    use crate::message::header;
     use std::collections::HashMap;
 
-    /// Goal: one key always meets one worker, and keyless messages use them all.
+    pub(super) fn options() -> ConsumerOptions {
+        ConsumerOptions {
+            name: "shop".to_owned(),
+            // Nobody answers there.
+            database_url: "postgres://127.0.0.1:1/none".to_owned(),
+            outbox_url: None,
+            queue: "shop".to_owned(),
+            exchange: "oncebox".to_owned(),
+            bindings: vec!["#".to_owned()],
+            concurrency: 8,
+            batch: 100,
+            max_attempts: 5,
+            order: Order::Key,
+            backoff: RECONNECT_BACKOFF,
+            handler_timeout: Duration::from_secs(30),
+            drain_deadline: Duration::from_secs(5),
+        }
+    }
+
+    /// A delivery of key `k`.
+    pub(super) fn delivery(tag: u64) -> Delivery {
+        let headers = serde_json::json!({ header::KEY: "k" });
+        Delivery {
+            tag,
+            message_id: Some(Uuid::from_u128(tag.into()).to_string()),
+            topic: "t".to_owned(),
+            content_type: None,
+            headers: headers.as_object().expect("an object").clone(),
+            body: Vec::new(),
+            redelivered: false,
+        }
+    }
+
+    /// Goal: at shutdown no delivery is handed out behind one that was not: its key's order would be reversed.
+    #[tokio::test]
+    async fn nothing_is_handed_out_once_shut_down() {
+        let (queue, mut jobs) = mpsc::channel(64);
+        let (_settled, settled) = mpsc::channel(1);
+        let mut consuming = Consuming {
+            broker: Arc::new(MemoryBroker::new()),
+            options: Arc::new(options()),
+            queues: vec![queue],
+            settled,
+            prefetch: 64,
+            shared: Arc::default(),
+            session: 1,
+            bound: CancellationToken::new(),
+            begun: false,
+        };
+        let spec = QueueSpec {
+            name: "shop".to_owned(),
+            exchange: "oncebox".to_owned(),
+            bindings: Vec::new(),
+            single_active_consumer: true,
+            voids: false,
+        };
+        let mut subscription = consuming.broker.subscribe(&spec, 64).await.expect("a session");
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        for tag in 1..=64 {
+            consuming.hand_out(&mut subscription, delivery(tag), tag, &shutdown).await.expect("a session");
+        }
+        assert!(jobs.try_recv().is_err(), "the broker delivers them all again");
+    }
+
+    /// Goal: one key always meets one worker, as it came and as it is stored, and keyless messages use them all.
     #[test]
     fn keys_stick_to_their_worker() {
+        for n in 0..20 {
+            let (came, stored) = (format!("{n}\0"), format!("{n}\u{fffd}"));
+            assert_eq!(worker_of(Some(&came), 8, 0), worker_of(Some(&stored), 8, 0), "{n}");
+        }
         let workers: HashMap<usize, usize> = (0..100).fold(HashMap::new(), |mut seen, round| {
             assert_eq!(worker_of(Some("k"), 8, round), worker_of(Some("k"), 8, 0));
             *seen.entry(worker_of(None, 8, round)).or_default() += 1;

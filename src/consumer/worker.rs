@@ -6,7 +6,7 @@
 mod at_once;
 mod outside;
 
-use super::{ConsumerOptions, Job, Jobs, Settled, Shared, stream};
+use super::{ConsumerOptions, Job, Jobs, Settled, Shared, Taken, stream};
 use crate::backoff::Backoff;
 use crate::db::{self, DbError};
 use crate::failpoints;
@@ -123,21 +123,21 @@ impl Worker {
             match job {
                 // The broker delivers it again in the present session.
                 Job::Delivery { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
-                Job::Delivery { session, delivery, passed_on } => {
+                Job::Delivery { session, delivery } => {
                     if !self.deliver_and_settle(session, delivery, &stop).await {
                         break;
                     }
-                    drop(passed_on);
                 }
-                Job::Taken { session, .. } if session != self.shared.session.load(Ordering::SeqCst) => {}
-                Job::Taken { session, tag, message, passed_on } => {
+                Job::PassedOn { taken, .. } if taken.session != self.shared.session.load(Ordering::SeqCst) => {}
+                Job::PassedOn { taken, permit } => {
+                    let Taken { session, tag, redelivered, message } = *taken;
                     let turn = Arc::clone(&self.shared.turns).read_owned().await;
-                    let done = self.bring(&message, false, &stop).await;
+                    let done = self.bring(&message, redelivered, &stop).await;
                     drop(turn);
                     if !done || self.settled.send(Settled { session, tags: vec![tag] }).await.is_err() {
                         break;
                     }
-                    drop(passed_on);
+                    drop(permit);
                 }
                 Job::Retry(due) => {
                     let id = due.id;
@@ -192,15 +192,23 @@ impl Worker {
     pub(super) async fn bring(&mut self, message: &Received, redelivered: bool, stop: &CancellationToken) -> bool {
         let (mut failures, mut called) = (0, false);
         loop {
-            let result = match redelivered {
-                true => self.put_back(message).await,
-                false => self.attempt(message, &mut called).await,
-            };
-            let Err(failure) = result else { return true };
+            let Err(failure) = self.bring_once(message, redelivered, &mut called).await else { return true };
             failures += 1;
             if let Some(done) = self.bear(message, failure, failures, stop).await {
                 return done;
             }
+        }
+    }
+
+    pub(super) async fn bring_once(
+        &mut self,
+        message: &Received,
+        redelivered: bool,
+        called: &mut bool,
+    ) -> Result<(), Failure> {
+        match redelivered {
+            true => self.put_back(message).await,
+            false => self.attempt(message, called).await,
         }
     }
 

@@ -310,6 +310,38 @@ async fn a_message_that_waits_for_a_lock_holds_up_no_other() {
     assert_in_order(effects(&lab).await, count, keys, 0);
 }
 
+/// Goal: a message that comes again after a crash, while the statement of the process that died still has it, holds up no
+/// other key either.
+#[tokio::test]
+async fn a_message_that_comes_again_and_waits_holds_up_no_other() {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    let mut holder = lab.connect().await;
+    let id = uuid::Uuid::now_v7();
+    holder.execute("begin").await.expect("begins");
+    sqlx::query("select oncebox.accept('shop', $1)").bind(id).execute(&mut holder).await.expect("accepts");
+    let path = lab.config(&config(""));
+    let mut doomed = lab.consume(&path).await;
+    let _relay = lab.relay().await;
+    lab.sql(&format!("select oncebox.publish('order.placed', '{{\"n\": 1}}', key => 'k1', message_id => '{id}')"))
+        .await;
+    let mut conn = lab.connect().await;
+    let waits = "select (count(*) > 0)::int::bigint from pg_stat_activity
+        where datname = current_database() and application_name = 'oncebox consume' and wait_event_type = 'Lock'";
+    eventually_number(&mut conn, waits, 1).await;
+    doomed.kill9();
+    let _consumer = lab.consume(&path).await;
+    let (count, keys) = (400, 40);
+    publish(&lab, 2, count, keys, (0, "{}")).await;
+    // Those of its key wait, and those of keys that the same worker has.
+    let others = format!("select (count(*) >= {})::int::bigint from shop.effect", count / 2);
+    eventually_number(&mut conn, &others, 1).await;
+    assert_eq!(lab.number("select count(*) from shop.effect where number = 1").await, 0);
+    holder.execute("rollback").await.expect("rolls back");
+    eventually_number(&mut conn, "select count(*) from shop.effect", count).await;
+    assert_in_order(effects(&lab).await, count, keys, 0);
+}
+
 /// Goal: a handler that the planner may put in the place of its call reads what the message before it wrote.
 #[tokio::test]
 async fn a_handler_in_sql_sees_the_message_before_it() {
