@@ -114,6 +114,7 @@ on_both!(
     nacks_are_kept_apart_from_returns,
     bodies_and_headers_arrive_equal,
     acks_are_single,
+    acks_out_of_order_leave_what_is_open,
     a_dropped_subscription_gives_its_deliveries_back,
     one_active_consumer_takes_over_from_another,
     only_bound_topics_arrive,
@@ -344,6 +345,42 @@ async fn acks_are_single(place: &impl Place) {
     let again = receive(&mut second, 8).await;
     assert_eq!(numbers(&again), [1, 2, 4, 5, 6, 7, 9, 10]);
     assert!(again.iter().all(|delivery| delivery.redelivered));
+}
+
+// Goal: deliveries that are acknowledged in any order, many at once and with gaps, are gone; those between them, and they
+// alone, come back in order. What is open moves: the front closes, and gaps are filled behind others that stay.
+async fn acks_out_of_order_leave_what_is_open(place: &impl Place) {
+    let mut publisher = place.broker().publisher(EXCHANGE).await.unwrap();
+    let mut first = place.broker().subscribe(&spec("q", &["t"]), 50).await.unwrap();
+    let all: Vec<_> = (1..=60).map(|n| envelope("t", n)).collect();
+    publish(&mut publisher, &all).await.unwrap();
+    let mut deliveries = receive(&mut first, 50).await;
+    let calls: [&[i64]; 6] = [
+        &[30, 12, 11, 31],               // nothing at the front
+        &[5, 2, 1, 4, 8],                // the front up to 2
+        &[3, 9],                         // 3 alone: 4 and 5 are done
+        &[40, 6, 7, 10, 13, 14, 33, 32], // the front up to 14, over what is done
+        &[50, 49, 47],
+        &[22, 15, 16, 35, 17],
+    ];
+    for call in calls {
+        let tags: Vec<_> = call.iter().map(|n| deliveries[*n as usize - 1].tag).collect();
+        first.ack_all(&tags).await.unwrap();
+    }
+    // The ones behind the fiftieth came for those that are done.
+    deliveries.extend(receive(&mut first, 10).await);
+    assert_eq!(numbers(&deliveries), (1..=60).collect::<Vec<_>>());
+    first.ack_all(&[deliveries[54].tag, deliveries[17].tag]).await.unwrap();
+    first.close().await;
+    let mut second = place.broker().subscribe(&spec("q", &["t"]), 100).await.unwrap();
+    let done = calls.concat().into_iter().chain([55, 18]).collect::<Vec<_>>();
+    let open: Vec<_> = (1..=60).filter(|n| !done.contains(n)).collect();
+    let again = receive(&mut second, open.len()).await;
+    assert_eq!(numbers(&again), open);
+    assert!(again.iter().all(|delivery| delivery.redelivered));
+    // What else had come back would be here before this one.
+    publish(&mut publisher, &[envelope("t", 61)]).await.unwrap();
+    assert_eq!(numbers(&receive(&mut second, 1).await), [61]);
 }
 
 // Goal: what a crashed consumer held comes back before what is newer, behind what came back before it: a consumer
