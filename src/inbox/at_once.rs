@@ -5,7 +5,7 @@
 //! is decided by the same functions as step by step, and the handler is called, in the order of delivery, for what is
 //! new. What must be held is left to the caller, who would have no lock on it in one transaction either.
 
-use super::handler::{HandlerError, SqlHandler, arguments};
+use super::handler::{Call, HandlerError, SqlHandler, arguments};
 use super::{Received, Reception};
 use sqlx::{AssertSqlSafe, PgConnection};
 use std::time::Duration;
@@ -18,15 +18,17 @@ pub(super) struct AtOnce {
 }
 
 impl AtOnce {
-    /// For a function that is called so: text up to its arguments.
-    pub(super) fn of(call: &str) -> Self {
+    /// For a function that is called so.
+    pub(super) fn of(call: &Call) -> Self {
+        let one = call.of("$2, $7, $8::text::jsonb, $9::text::jsonb", "$10");
+        let each = call.of("m.id, m.topic, m.payload::jsonb, m.headers::jsonb", "$10");
         Self {
             one: format!(
                 "with received as materialized (
                     select oncebox.inbox_receive($1, $2, $3, $4, $5, $6) as answer, clock_timestamp() as at
                 )
                 select r.answer, (date_part('epoch', r.at - statement_timestamp()) * 1000000)::bigint,
-                    case when r.answer = 'new' then {call}$2, $7, $8::text::jsonb, $9::text::jsonb) end is null,
+                    case when r.answer = 'new' then {one} end is null,
                     (date_part('epoch', clock_timestamp() - r.at) * 1000000)::bigint
                 from received as r"
             ),
@@ -34,7 +36,7 @@ impl AtOnce {
             all: format!(
                 "select r.answers, (date_part('epoch', r.ended - r.began) * 1000000)::bigint, (
                     select count(c.done) from (
-                        select {call}m.id, m.topic, m.payload::jsonb, m.headers::jsonb) as done
+                        select {each} as done
                         from unnest($2::uuid[], $7::text[], $8::text[], $9::text[], r.answers)
                             with ordinality as m(id, topic, payload, headers, answer, n)
                         where m.answer = 'new'
@@ -70,7 +72,7 @@ impl SqlHandler {
         let Ok((payload, headers)) = arguments(message) else { return Ok(None) };
         let position = message.position.as_ref();
         let (answer, inbox_us, _, handler_us): (String, i64, bool, i64) =
-            sqlx::query_as(AssertSqlSafe(self.calls().at_once.one.as_str()))
+            sqlx::query_as(AssertSqlSafe(self.at_once.one.as_str()))
                 .bind(consumer)
                 .bind(message.id.0)
                 .bind(position.map(|at| at.source))
@@ -80,6 +82,7 @@ impl SqlHandler {
                 .bind(&message.topic)
                 .bind(payload)
                 .bind(headers)
+                .bind(self.known())
                 .fetch_one(conn)
                 .await?;
         Ok(Some(Applied { receptions: Reception::of(&answer), inbox: micros(inbox_us), handler: micros(handler_us) }))
@@ -100,7 +103,7 @@ impl SqlHandler {
         let arguments = messages.iter().map(arguments).collect::<Result<Vec<_>, _>>()?;
         let (payloads, headers): (Vec<&str>, Vec<String>) = arguments.into_iter().unzip();
         let positions = || messages.iter().map(|message| message.position.as_ref());
-        let row: (Vec<String>, i64, i64, i64) = sqlx::query_as(AssertSqlSafe(self.calls().at_once.all.as_str()))
+        let row: (Vec<String>, i64, i64, i64) = sqlx::query_as(AssertSqlSafe(self.at_once.all.as_str()))
             .bind(consumer)
             .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
             .bind(positions().map(|at| at.map(|at| at.source)).collect::<Vec<_>>())
@@ -110,6 +113,7 @@ impl SqlHandler {
             .bind(messages.iter().map(|message| message.topic.as_str()).collect::<Vec<_>>())
             .bind(payloads)
             .bind(headers)
+            .bind(self.known())
             .fetch_one(conn)
             .await?;
         let (answers, inbox_us, _, handler_us) = row;

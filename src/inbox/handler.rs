@@ -94,34 +94,32 @@ pub struct SqlHandler {
     signature: String,
     /// One call, a statement of its own.
     call: String,
-    /// Called as it stands.
-    directly: Calls,
-    /// Called with a snapshot of its own, as a function must be that the planner may inline.
-    apart: Calls,
-    /// Which of them, once that was looked up.
-    is_inlined: OnceLock<bool>,
-}
-
-/// The statements in which the call is not alone.
-#[derive(Debug, Clone)]
-pub(super) struct Calls {
-    all: String,
+    /// A call for each of many.
+    call_all: String,
     pub(super) at_once: AtOnce,
+    /// The version of the function that no planner puts in the place of its call, once there is known to be one.
+    opaque: OnceLock<String>,
 }
 
-impl Calls {
-    /// With the text of a call up to its arguments.
-    fn of(call: &str) -> Self {
-        Self {
-            // A volatile function in the list is evaluated after the sort: in the order of n.
-            all: format!(
-                "select {call}m.id, m.topic, m.payload::jsonb, m.headers::jsonb)
-                from unnest($1::uuid[], $2::text[], $3::text[], $4::text[])
-                    with ordinality as m(id, topic, payload, headers, n)
-                order by m.n"
-            ),
-            at_once: AtOnce::of(call),
-        }
+/// A call in a statement that does more. As it stands while the function is the version that `known` gives; any other
+/// is called with a snapshot of its own, as it must be where the planner may inline it.
+#[derive(Debug)]
+pub(super) struct Call {
+    quoted: String,
+    signature: String,
+}
+
+impl Call {
+    /// The text of the call with these arguments.
+    pub(super) fn of(&self, arguments: &str, known: &str) -> String {
+        let Self { quoted, signature } = self;
+        let literal = |text: &str| format!("'{}'", text.replace('\'', "''"));
+        let (name, signature) = (literal(quoted), literal(signature));
+        format!(
+            "case when (
+                select p.oid || '/' || p.xmin = {known}::text from pg_proc as p where p.oid = {signature}::regprocedure
+            ) then {quoted}({arguments}) else oncebox.inbox_call({name}, {arguments}) end"
+        )
     }
 }
 
@@ -156,7 +154,7 @@ pub enum HandlerSetupError {
 // A function in SQL with neither `security definer` nor `set` may be inlined.
 const FOUND: &str = "
     select has_function_privilege(p.oid, 'execute'), current_user::text, p.prokind = 'f', p.provolatile = 'v', p.proretset,
-        l.lanname = 'sql' and not p.prosecdef and p.proconfig is null
+        case when l.lanname <> 'sql' or p.prosecdef or p.proconfig is not null then p.oid || '/' || p.xmin end
     from pg_proc as p join pg_language as l on l.oid = p.prolang
     where p.oid = to_regprocedure($1)";
 
@@ -172,30 +170,37 @@ impl SqlHandler {
         }
         let quoted: Vec<String> = parts.iter().map(|part| format!("\"{}\"", part.replace('"', "\"\""))).collect();
         let quoted = quoted.join(".");
+        let signature = format!("{quoted}(uuid, text, jsonb, jsonb)");
+        let single = format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)");
+        let call = Call { quoted, signature: signature.clone() };
         Ok(Self {
-            signature: format!("{quoted}(uuid, text, jsonb, jsonb)"),
-            call: format!("select {quoted}($1, $2, $3::text::jsonb, $4::text::jsonb)"),
-            directly: Calls::of(&format!("{quoted}(")),
-            apart: Calls::of(&format!("oncebox.inbox_call('{}', ", quoted.replace('\'', "''"))),
-            is_inlined: OnceLock::new(),
+            signature,
+            call: single,
+            // A volatile function in the list is evaluated after the sort: in the order of n.
+            call_all: format!(
+                "select {}
+                from unnest($1::uuid[], $2::text[], $3::text[], $4::text[])
+                    with ordinality as m(id, topic, payload, headers, n)
+                order by m.n",
+                call.of("m.id, m.topic, m.payload::jsonb, m.headers::jsonb", "$5")
+            ),
+            at_once: AtOnce::of(&call),
+            opaque: OnceLock::new(),
         })
     }
 
-    /// What is safe for every function, until it was looked at.
-    pub(super) fn calls(&self) -> &Calls {
-        match self.is_inlined.get() {
-            Some(false) => &self.directly,
-            _ => &self.apart,
-        }
+    /// What a statement that calls it is told: the version of it that may be called as it stands.
+    pub(super) fn known(&self) -> Option<&str> {
+        self.opaque.get().map(String::as_str)
     }
 
     /// Fails unless the function is there, may be called and can be a handler; learns how it is best called.
     pub async fn check(&self, conn: &mut PgConnection) -> Result<Result<(), HandlerSetupError>, sqlx::Error> {
-        let found: Option<(bool, String, bool, bool, bool, bool)> =
+        let found: Option<(bool, String, bool, bool, bool, Option<String>)> =
             sqlx::query_as(FOUND).bind(&self.signature).fetch_optional(conn).await?;
         let signature = self.signature.clone();
         let unfit = |reason| Err(HandlerSetupError::Unfit { signature: signature.clone(), reason });
-        let Some((callable, role, is_function, is_volatile, returns_set, is_inlined)) = found else {
+        let Some((callable, role, is_function, is_volatile, returns_set, opaque)) = found else {
             return Ok(Err(HandlerSetupError::Missing(signature)));
         };
         Ok(match () {
@@ -204,8 +209,8 @@ impl SqlHandler {
             () if !is_volatile => unfit("is declared stable or immutable: a handler writes, so make it volatile"),
             () if returns_set => unfit("returns a set: a handler returns void"),
             () => {
-                // Another answer to a second look changes nothing: the first one stands for the life of the handler.
-                let _ = self.is_inlined.set(is_inlined);
+                // A second look changes nothing: a session may have planned a call of the version between the two.
+                opaque.map(|version| self.opaque.set(version));
                 Ok(())
             }
         })
@@ -250,11 +255,12 @@ impl BatchHandler for SqlHandler {
         Box::pin(async move {
             let arguments = messages.iter().map(|message| arguments(message)).collect::<Result<Vec<_>, _>>()?;
             let (payloads, headers): (Vec<&str>, Vec<String>) = arguments.into_iter().unzip();
-            sqlx::query(AssertSqlSafe(self.calls().all.as_str()))
+            sqlx::query(AssertSqlSafe(self.call_all.as_str()))
                 .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
                 .bind(messages.iter().map(|message| message.topic.as_str()).collect::<Vec<_>>())
                 .bind(payloads)
                 .bind(headers)
+                .bind(self.known())
                 .execute(conn)
                 .await?;
             Ok(())

@@ -367,3 +367,32 @@ async fn a_handler_in_sql_sees_the_message_before_it() {
         assert_eq!(lab.number("select total from shop.hot where id = 5").await, 60, "batch {batch}");
     }
 }
+
+/// Goal: the same when the handler becomes such a function while the consumer runs.
+#[tokio::test]
+async fn a_handler_replaced_by_one_in_sql_sees_the_message_before_it() {
+    let lab = Lab::shared().await;
+    lab.sql(SCHEMA).await;
+    let function = "function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void";
+    lab.sql(&format!(
+        "create function shop.total() returns bigint language plpgsql stable as $$
+            begin return (select h.total from shop.hot as h where h.id = 5); end $$;
+        create function shop.set_total(new_total bigint) returns void language plpgsql as $$
+            begin update shop.hot set total = new_total where id = 5; end $$;
+        create or replace {function} language plpgsql as $$
+            begin perform shop.set_total(shop.total() + 1); end $$"
+    ))
+    .await;
+    let _consumer = lab.consume(&lab.config(&config(""))).await;
+    let _relay = lab.relay().await;
+    let mut conn = lab.connect().await;
+    publish(&lab, 1, 500, 1, (0, "{}")).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.inbox", 500).await;
+    lab.sql(&format!("create or replace {function} language sql as $$ select shop.set_total(shop.total() + 1) $$"))
+        .await;
+    publish(&lab, 501, 1_000, 1, (0, "{}")).await;
+    eventually_number(&mut conn, "select count(*) from oncebox.inbox", 1_000).await;
+    let transactions = lab.number("select count(distinct xmin::text) from oncebox.inbox").await;
+    assert!(transactions < 900, "nothing was shared: the test shows nothing");
+    assert_eq!(lab.number("select total from shop.hot where id = 5").await, 1_000);
+}
