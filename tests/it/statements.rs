@@ -68,7 +68,7 @@ const FREE: &[&str] = &["src/db.rs", "src/migrate.rs", "src/demo/", "src/bench/"
 /// The statements that are made at run time: the calls of the handler that the config file names, for one and for many.
 const MADE: &[(&str, &str)] = &[
     ("src/inbox/handler.rs", "AssertSqlSafe(self.call.as_str())"),
-    ("src/inbox/handler.rs", "AssertSqlSafe(self.all.as_str())"),
+    ("src/inbox/handler.rs", "AssertSqlSafe(self.call_all.as_str())"),
     ("src/inbox/at_once.rs", "AssertSqlSafe(self.at_once.one.as_str())"),
     ("src/inbox/at_once.rs", "AssertSqlSafe(self.at_once.all.as_str())"),
 ];
