@@ -5,16 +5,18 @@
 
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, PgConnection};
+use std::cell::Cell;
 use std::future::Future;
 use std::str::FromStr;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tracing::Dispatch;
 use tracing::instrument::WithSubscriber;
 
 /// Longest wait for a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+/// Longest wait for the fence behind a doubtful commit.
+const FENCE_LIMIT: Duration = Duration::from_secs(10);
 /// Longest wait for the end of one's own session.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
@@ -132,11 +134,12 @@ pub struct SessionOptions {
     pub idle_timeout: Duration,
     /// Index scans whatever the statistics say, since the log's tables may never have been analysed; and no parallel
     /// workers, which cost a small read more than it takes.
-    pub index_scans_only: bool,
+    pub plain_index_plans: bool,
 }
 
 /// Opens a session. Its locks cannot outlive a frozen process for long: the server ends sessions that idle inside
-/// a transaction or whose peer is gone. `synchronous_commit` is raised to `on` unless it is `remote_apply`.
+/// a transaction or whose peer is gone. `synchronous_commit` is raised to `on` unless it is `remote_apply`, and
+/// warnings, which fences watch for, are shown.
 pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection, DbError> {
     let connect = PgConnectOptions::from_str(url)
         .map_err(|error| DbError::InvalidUrl(error.to_string()))?
@@ -152,6 +155,8 @@ pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection,
             set_config('tcp_keepalives_interval', '2', false),
             set_config('tcp_keepalives_count', '5', false),
             set_config('jit', 'off', false),
+            set_config('client_min_messages', case current_setting('client_min_messages') when 'error' then 'warning'
+                else current_setting('client_min_messages') end, false),
             set_config('synchronous_commit',
                 case current_setting('synchronous_commit') when 'remote_apply' then 'remote_apply' else 'on' end, false),
             set_config('default_transaction_isolation', 'read committed', false),
@@ -162,8 +167,8 @@ pub async fn connect(url: &str, options: SessionOptions) -> Result<PgConnection,
                 else current_setting('max_parallel_workers_per_gather') end, false)",
     )
     .bind(format!("{}ms", options.statement_timeout.as_millis()))
-    .bind(if options.index_scans_only { "off" } else { "on" })
-    .bind(if options.index_scans_only { "force_generic_plan" } else { "auto" })
+    .bind(if options.plain_index_plans { "off" } else { "on" })
+    .bind(if options.plain_index_plans { "force_generic_plan" } else { "auto" })
     .bind(format!("{}ms", options.idle_timeout.as_millis()));
     bounded("session settings", CONNECT_LIMIT, setup.execute(&mut conn)).await?;
     Ok(conn)
@@ -190,35 +195,92 @@ pub async fn bounded<T>(
 /// Runs statements that commit, and fails when a commit came back with a warning: Postgres answers so when the wait
 /// for the synchronous standby was cancelled, and the driver would take it for success.
 pub async fn fenced<T>(work: impl Future<Output = Result<T, DbError>>) -> Result<T, DbError> {
-    let warnings = || WARNINGS.load(Ordering::SeqCst);
-    let before = warnings();
-    let result = work.with_subscriber(WATCH.clone()).await?;
-    // Another fence's warning breaks this one too: it is rare, and a fence is cheap to repeat.
-    if warnings() != before {
-        return Err(DbError::FenceBroken("it was cancelled while it waited for the standby".to_owned()));
+    match watched(work).await? {
+        Committed { is_doubtful: true, .. } => {
+            Err(DbError::FenceBroken("it was cancelled while it waited for the standby".to_owned()))
+        }
+        Committed { value, .. } => Ok(value),
     }
-    Ok(result)
 }
 
-/// How many warnings the server sent to fenced work.
-static WARNINGS: AtomicU64 = AtomicU64::new(0);
+const MARK: &str = "select pg_logical_emit_message(true, 'oncebox', 'mark')::text";
+
+/// Every statement of this file, for the test that prepares them all.
+pub const STATEMENTS: &[&str] = &[MARK];
+
+/// Makes a transaction one that writes: only such a one waits for the standby when it commits, and once it has waited,
+/// everything that was committed before is durable too.
+pub async fn mark(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query(MARK).execute(conn).await?;
+    Ok(())
+}
+
+/// What statements that commit have answered; nobody may act on it before it is [`confirmed`](Self::confirmed).
+#[must_use]
+#[derive(Debug)]
+pub struct Committed<T> {
+    value: T,
+    /// The server has warned meanwhile, perhaps because the wait for the standby was cancelled.
+    is_doubtful: bool,
+}
+
+impl<T> Committed<T> {
+    /// The answer, as durable as Postgres was asked to make it: behind a doubtful commit a fence is waited for.
+    ///
+    /// # Errors
+    /// [`DbError::FenceBroken`] or an error of the session: the commit may be lost on the standby although everybody sees it.
+    pub async fn confirmed(self, conn: &mut PgConnection) -> Result<T, DbError> {
+        if self.is_doubtful {
+            fenced(bounded("a fence", FENCE_LIMIT, mark(conn))).await?;
+        }
+        Ok(self.value)
+    }
+}
+
+/// Runs statements that commit, and watches for warnings of the server. Nothing else may run in `work`: it would log in vain.
+pub async fn watched<T, E>(work: impl Future<Output = Result<T, E>>) -> Result<Committed<T>, E> {
+    let watch = Watch { warned: Cell::new(false), log: tracing::dispatcher::get_default(Clone::clone) };
+    let watched = async {
+        let value = work.with_subscriber(WATCH.clone()).await?;
+        Ok(Committed { value, is_doubtful: WATCHED.with(|watch| watch.warned.get()) })
+    };
+    WATCHED.scope(watch, watched).await
+}
+
+tokio::task_local! {
+    static WATCHED: Watch;
+}
 /// One for all: making a dispatcher walks every log statement of the program.
 static WATCH: LazyLock<Dispatch> = LazyLock::new(|| Dispatch::new(WarningWatch));
 
-/// Sees the server's warnings where the driver shows them: in its log events.
+/// What one watch has seen, and where the server's notices are logged otherwise.
+struct Watch {
+    warned: Cell<bool>,
+    log: Dispatch,
+}
+
+/// Sees the server's warnings where the driver shows them, in its log events, and passes all its notices on.
 struct WarningWatch;
 
 impl tracing::Subscriber for WarningWatch {
     fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
-        metadata.target() == "sqlx::postgres::notice" && *metadata.level() <= tracing::Level::WARN
+        metadata.target() == "sqlx::postgres::notice"
     }
     fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
         Some(tracing::level_filters::LevelFilter::WARN)
     }
     fn event(&self, event: &tracing::Event<'_>) {
-        if self.enabled(event.metadata()) {
-            WARNINGS.fetch_add(1, Ordering::SeqCst);
+        let notice = event.metadata();
+        if !self.enabled(notice) {
+            return;
         }
+        // Without a watch there is none to tell.
+        let _ = WATCHED.try_with(|watch| {
+            watch.warned.set(watch.warned.get() || *notice.level() <= tracing::Level::WARN);
+            if watch.log.enabled(notice) {
+                watch.log.event(event);
+            }
+        });
     }
     fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
         tracing::span::Id::from_u64(1)

@@ -114,7 +114,7 @@ async fn session(url: &str) -> Result<PgConnection, DbError> {
         application_name: "oncebox migrate",
         statement_timeout: STATEMENT_LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     db::connect(url, options).await
 }

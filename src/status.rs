@@ -247,7 +247,7 @@ pub async fn connect(url: &str, application_name: &'static str) -> Result<PgConn
         application_name,
         statement_timeout: LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = db::connect(url, session).await?;
     migrate::check(&mut conn).await?;

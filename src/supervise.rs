@@ -40,7 +40,7 @@ pub async fn wait_for_database(url: &str, shutdown: &CancellationToken) -> Resul
         application_name: "oncebox",
         statement_timeout: Duration::from_secs(10),
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut failures = 0;
     loop {

@@ -214,7 +214,7 @@ async fn is_ready(database_url: &str) -> Result<(), String> {
         application_name: "oncebox serve",
         statement_timeout: READY_LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let check = async {
         let mut conn = db::connect(database_url, session).await?;

@@ -122,7 +122,7 @@ impl Sessions {
             application_name: "oncebox serve",
             statement_timeout: STATEMENT_TIMEOUT,
             idle_timeout: db::IDLE_TIMEOUT,
-            index_scans_only: false,
+            plain_index_plans: false,
         };
         let connect = async {
             let mut conn = db::connect(&self.database_url, session).await?;

@@ -115,7 +115,7 @@ async fn connect(url: &str) -> Result<sqlx::PgConnection, DbError> {
         statement_timeout: STATEMENT_TIMEOUT,
         idle_timeout: db::IDLE_TIMEOUT,
         // The journal and the log may never have been analysed.
-        index_scans_only: true,
+        plain_index_plans: true,
     };
     let mut conn = db::connect(url, session).await?;
     migrate::check(&mut conn).await?;

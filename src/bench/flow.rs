@@ -30,6 +30,8 @@ pub(super) const EFFECTS: &str = "
     create table effect (message_id uuid not null, payload jsonb not null);
     create function own(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
     language plpgsql as $$ begin insert into effect values (message_id, payload); end $$;";
+/// Longest wait for a queue that is declared: its first election may take long where much else runs, and is not measured.
+const SET_UP_LIMIT: Duration = Duration::from_secs(60);
 /// How long relay and consumer may take to end.
 const DRAIN: Duration = Duration::from_secs(10);
 /// A plain consumer: how many deliveries it takes ahead, and acknowledges at a time.
@@ -47,7 +49,8 @@ pub(super) async fn with_queue_for<T>(
 ) -> anyhow::Result<T> {
     let name = format!("oncebox-bench-{}", Uuid::now_v7().simple());
     let spec = spec(&name, order);
-    let broker = RabbitMq::new(RabbitMqOptions::new(stage.servers.amqp_url()?))?;
+    let options = RabbitMqOptions { connect_timeout: SET_UP_LIMIT, ..RabbitMqOptions::new(stage.servers.amqp_url()?) };
+    let broker = RabbitMq::new(options)?;
     broker.subscribe(&spec, 1).await?.close().await;
     let result = work(&name).await;
     scratch::remove(&stage.servers, &name).await?;

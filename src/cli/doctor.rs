@@ -4,8 +4,9 @@ use crate::broker::QueueSpec;
 use crate::broker::rabbitmq::{RabbitMq, RabbitMqOptions};
 use crate::config::{Config, ConfigError};
 use crate::consumer::Order;
-use crate::doctor::broker::{self, BrokerCheck, QueueUse};
+use crate::doctor::broker::{self, BrokerCheck};
 use crate::doctor::database::{self, DatabaseCheck};
+use crate::doctor::queue::QueueUse;
 use crate::doctor::{self, Finding, Severity};
 use clap::Args;
 use comfy_table::{ContentArrangement, Table, presets};
@@ -83,6 +84,8 @@ fn broker_check(args: &DoctorArgs, config: &Config) -> anyhow::Result<Option<Bro
             single_active_consumer: consumer.order != Order::None,
             voids: consumer.order == Order::Stream,
         },
+        concurrency: consumer.concurrency,
+        batch: consumer.batch,
         handler_timeout: consumer.handler_timeout,
     });
     Ok(Some(BrokerCheck { broker, management, exchange: config.exchange.clone(), queues: queues.collect() }))

@@ -4,6 +4,7 @@
 //! is what `./dev` and the demo read.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -84,23 +85,24 @@ async fn up(dir: &Path, management: bool) -> anyhow::Result<()> {
 }
 
 async fn down(dir: &Path) -> anyhow::Result<()> {
-    match Rabbit::attach(dir).await {
-        Some(mut rabbit) => {
-            rabbit.stop().await?;
-            eprintln!("RabbitMQ is stopped");
-        }
-        None => eprintln!("RabbitMQ was not running"),
-    }
-    match Postgres::attach(dir).await {
-        Some(mut postgres) => {
-            postgres.stop().await?;
-            eprintln!("PostgreSQL is stopped");
-        }
-        None => eprintln!("PostgreSQL was not running"),
-    }
+    let broker = match Rabbit::attach(dir).await {
+        Some(mut rabbit) => rabbit.stop().await.map(|()| say("RabbitMQ is stopped")),
+        None => Ok(say("RabbitMQ was not running")),
+    };
+    // Whatever became of the broker, the database stops too.
+    let database = match Postgres::attach(dir).await {
+        Some(mut postgres) => postgres.stop().await.map(|()| say("PostgreSQL is stopped")),
+        None => Ok(say("PostgreSQL was not running")),
+    };
     // Without it nobody takes the URLs of a stopped server for good ones.
     let _ = fs::remove_file(dir.join("env"));
-    Ok(())
+    broker?;
+    Ok(database?)
+}
+
+/// Tells the caller, who may be gone: servers that are held stop then.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 async fn hold(dir: &Path) -> anyhow::Result<()> {

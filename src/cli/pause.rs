@@ -144,7 +144,7 @@ async fn connect(config: &Config) -> anyhow::Result<PgConnection> {
         application_name: "oncebox pause",
         statement_timeout: STATEMENT_TIMEOUT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = db::connect(config.database_url()?, session).await?;
     crate::migrate::check(&mut conn).await?;

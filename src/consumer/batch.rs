@@ -12,6 +12,7 @@ use super::worker::{
     Failure, MARGIN, Times, Worker, accept_error, commit_failure, ended, handler_failure, stands, within,
 };
 use super::{Job, Order, Settled, Taken, worker_of};
+use crate::db;
 use crate::failpoints;
 use crate::inbox::handler::SqlHandler;
 use crate::inbox::held::{self, Reason};
@@ -316,8 +317,8 @@ impl Worker {
         let options = Arc::clone(&self.options);
         let conn = self.session().await?;
         let by_key = options.order == Order::Key;
-        let applied = function.receive_and_apply_all(conn, &options.name, messages, by_key).await;
-        let applied = applied.map_err(handler_failure)?;
+        let applied = db::watched(function.receive_and_apply_all(conn, &options.name, messages, by_key)).await;
+        let applied = applied.map_err(handler_failure)?.confirmed(conn).await?;
         failpoints::pass("consumer.batch_committed");
         let behind = applied.receptions.iter().enumerate().filter(|(_, reception)| **reception == Reception::BehindKey);
         let behind = behind.map(|(n, _)| n).collect();
@@ -349,7 +350,10 @@ impl Worker {
         for message in of(Reception::BehindKey) {
             held::hold(&mut transaction, &options.name, message, &Reason::BehindKey).await?;
         }
-        transaction.commit().await.map_err(commit_failure)?;
+        if receptions.iter().any(|reception| matches!(reception, Reception::Done | Reception::Held)) {
+            db::mark(&mut transaction).await?;
+        }
+        db::watched(transaction.commit()).await.map_err(commit_failure)?.confirmed(conn).await?;
         failpoints::pass("consumer.batch_committed");
         Ok(times)
     }

@@ -55,7 +55,7 @@ async fn attempt(outbox_url: &str, options: &ConsumerOptions) -> Result<(), DbEr
         application_name: "oncebox consume",
         statement_timeout: LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: true,
+        plain_index_plans: true,
     };
     let mut conn = db::connect(outbox_url, session).await?;
     let query = sqlx::query(REGISTER).bind(&options.name).bind(&options.bindings).execute(&mut conn);

@@ -56,7 +56,7 @@ async fn look(options: &ConsumerOptions, queues: &[mpsc::Sender<Job>], shared: &
         application_name: "oncebox consume",
         statement_timeout: LOOK_LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = db::connect(&options.database_url, session).await?;
     let connected = Instant::now();

@@ -137,7 +137,7 @@ async fn record_starts(options: &ConsumerOptions) -> Result<(), DbError> {
         application_name: "oncebox consume",
         statement_timeout: LOOK_LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut inbox = db::connect(&options.database_url, session).await?;
     let mut outbox = db::connect(outbox_url, session).await?;

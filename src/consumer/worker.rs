@@ -2,6 +2,9 @@
 //!
 //! A job ends only when its outcome is committed: applied, held, or parked. Errors of the connection or the server
 //! are waited out and do not count as attempts; the handler's own failures do.
+//!
+//! What a delivery is acknowledged for must be on the synchronous standby too. So every commit before that is watched, and
+//! one that changes nothing, for the outcome is known, writes a mark: the commit that made the outcome may never have waited.
 
 mod at_once;
 mod outside;
@@ -251,13 +254,12 @@ impl Worker {
                     run(&*handler, &mut transaction, message, &consumer).await?;
                     failpoints::pass("consumer.handled");
                 }
-                reception => {
-                    if let Some(reason) = reception.holds() {
-                        stream::hold(&mut transaction, &consumer, message, &reason).await?;
-                    }
-                }
+                reception => match reception.holds() {
+                    Some(reason) => stream::hold(&mut transaction, &consumer, message, &reason).await?,
+                    None => db::mark(&mut transaction).await?,
+                },
             }
-            transaction.commit().await.map_err(commit_failure)?;
+            db::watched(transaction.commit()).await.map_err(commit_failure)?.confirmed(conn).await?;
             failpoints::pass("consumer.committed");
             Ok(())
         };
@@ -286,10 +288,11 @@ impl Worker {
                     reception.holds()
                 }
             };
-            if let Some(reason) = &reason {
-                stream::hold(&mut transaction, &consumer, message, reason).await?;
+            match &reason {
+                Some(reason) => stream::hold(&mut transaction, &consumer, message, reason).await?,
+                None => db::mark(&mut transaction).await?,
             }
-            transaction.commit().await?;
+            db::watched(transaction.commit()).await?.confirmed(conn).await?;
             if reason.is_some() {
                 shared.changed.notify_one();
             }
@@ -308,7 +311,7 @@ impl Worker {
             let error = match self.session().await {
                 Ok(conn) => {
                     let hold = stream::hold(conn, &options, message, reason);
-                    match db::bounded("holding a delivery", MARGIN, hold).await {
+                    match db::fenced(db::bounded("holding a delivery", MARGIN, hold)).await {
                         Ok(()) => {
                             failpoints::pass("consumer.failure_recorded");
                             return true;
@@ -333,7 +336,8 @@ impl Worker {
             let options = Arc::clone(&self.options);
             let error = match self.session().await {
                 Ok(conn) => {
-                    match db::bounded("a void notice", MARGIN, stream::void(conn, &options, at, topic, reason)).await {
+                    let void = stream::void(conn, &options, at, topic, reason);
+                    match db::fenced(db::bounded("a void notice", MARGIN, void)).await {
                         Ok(()) => return true,
                         Err(error) => error,
                     }
@@ -360,7 +364,7 @@ impl Worker {
                         // It may wait for something else inside the transaction.
                         false => self.options.handler_timeout + 2 * MARGIN,
                     },
-                    index_scans_only: false,
+                    plain_index_plans: false,
                 };
                 let mut conn = db::connect(&self.options.database_url, session).await?;
                 if let Some(limit) = self.lock_limit {

@@ -172,12 +172,12 @@ pub fn queues(exchange: &str) -> impl Iterator<Item = QueueSpec> {
     .into_iter()
 }
 
-/// Makes the participants' schemas, accounts and stock, and the definition.
-pub async fn open(conn: &mut PgConnection) -> anyhow::Result<()> {
+/// Makes the participants' schemas, an account for each of so many customers, the stock, and the definition.
+pub async fn open(conn: &mut PgConnection, customers: i32) -> anyhow::Result<()> {
     conn.execute(SCHEMA).await?;
     sqlx::query("insert into pay.account (customer, balance_cents) select id, $1 from generate_series(1, $2) as id")
         .bind(BALANCE_CENTS)
-        .bind(super::shop::CUSTOMERS)
+        .bind(customers)
         .execute(&mut *conn)
         .await?;
     sqlx::query("insert into stock.shelf (pieces) values ($1)").bind(PIECES).execute(&mut *conn).await?;

@@ -177,7 +177,7 @@ pub async fn connect(url: &str) -> Result<PgConnection, DbError> {
             application_name: "oncebox demo",
             statement_timeout,
             idle_timeout: db::IDLE_TIMEOUT,
-            index_scans_only: false,
+            plain_index_plans: false,
         },
     )
     .await
@@ -187,7 +187,7 @@ pub async fn connect(url: &str) -> Result<PgConnection, DbError> {
 pub async fn open(url: &str) -> anyhow::Result<()> {
     let mut conn = connect(url).await?;
     conn.execute(SCHEMA).await.context("the demo's own schemas")?;
-    deliveries::open(&mut conn).await.context("the participants of the sagas")?;
+    deliveries::open(&mut conn, CUSTOMERS).await.context("the participants of the sagas")?;
     let customers = "insert into shop.customer (id) select generate_series(1, $1)";
     sqlx::query(customers).bind(CUSTOMERS).execute(&mut conn).await?;
     db::close(conn).await;

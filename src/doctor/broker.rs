@@ -1,16 +1,12 @@
 //! The broker by plain AMQP: what any client may see of it.
 
 use super::management::{self, ManagementCheck};
+use super::queue::{CONSUMER_TIMEOUT, QueueUse, judge_timeout};
 use super::{Finding, Severity};
 use crate::broker::rabbitmq::{Found, Inspection, RabbitMq};
 use crate::broker::{BrokerError, QueueSpec};
 use crate::http::Endpoint;
-use std::time::Duration;
 
-/// The broker's wait for an acknowledgement unless it is told otherwise.
-pub(super) const CONSUMER_TIMEOUT: Duration = Duration::from_secs(30 * 60);
-/// A delivery may wait behind so many others of its worker: the consumer's prefetch.
-const PREFETCH_PER_WORKER: u32 = 16;
 /// The oldest broker the product is tested on.
 const OLDEST_VERSION: (u32, u32) = (3, 10);
 
@@ -25,15 +21,6 @@ pub struct BrokerCheck {
     pub exchange: String,
     /// The consumers' queues.
     pub queues: Vec<QueueUse>,
-}
-
-/// A consumer's queue.
-#[derive(Debug, Clone)]
-pub struct QueueUse {
-    /// As the consumer declares it.
-    pub spec: QueueSpec,
-    /// Longest run of a handler.
-    pub handler_timeout: Duration,
 }
 
 /// Looks at the broker.
@@ -131,25 +118,6 @@ fn existing(check: String, found: &Found, knows_more: bool, maker: &str) -> Find
     }
 }
 
-/// Whether the slowest handlers still acknowledge in time.
-pub(super) fn judge_timeout(queue: &QueueUse, timeout: Duration) -> Finding {
-    let check = format!("queue {}: consumer timeout", queue.spec.name);
-    let longest = queue.handler_timeout * PREFETCH_PER_WORKER;
-    let found = format!(
-        "a delivery may wait {longest:?} for its acknowledgement (handler_timeout × {PREFETCH_PER_WORKER} in hand), the \
-         broker waits {timeout:?}"
-    );
-    match longest <= timeout {
-        true => Finding::ok(check, found),
-        false => Finding::bad(
-            Severity::Warning,
-            check,
-            format!("{found}: then it closes the channel, and deliveries come again"),
-            "lower handler_timeout, or raise consumer_timeout in rabbitmq.conf",
-        ),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,23 +134,5 @@ mod tests {
         assert_eq!(version((3, 9)).severity, Severity::Unsafe);
         assert_eq!(version((3, 10)).severity, Severity::Ok);
         assert_eq!(version((4, 0)).severity, Severity::Ok);
-    }
-
-    /// Goal: handlers that may outlast the broker's patience are told.
-    #[test]
-    fn consumer_timeouts_are_judged() {
-        let queue = |handler_timeout_s| QueueUse {
-            spec: QueueSpec {
-                name: "q".to_owned(),
-                exchange: "e".to_owned(),
-                bindings: Vec::new(),
-                single_active_consumer: true,
-                voids: false,
-            },
-            handler_timeout: Duration::from_secs(handler_timeout_s),
-        };
-        assert_eq!(judge_timeout(&queue(60), CONSUMER_TIMEOUT).severity, Severity::Ok);
-        assert_eq!(judge_timeout(&queue(120), CONSUMER_TIMEOUT).severity, Severity::Warning);
-        assert_eq!(judge_timeout(&queue(60), Duration::from_secs(60)).severity, Severity::Warning);
     }
 }

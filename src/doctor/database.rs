@@ -124,7 +124,7 @@ pub async fn check(what: &DatabaseCheck) -> Vec<Finding> {
         application_name: "oncebox doctor",
         statement_timeout: LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = match db::connect(&what.url, session).await {
         Ok(conn) => conn,

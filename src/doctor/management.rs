@@ -1,11 +1,11 @@
 //! The broker by its management API: alarms, policies, and every argument of exchange and queues.
 
-use super::broker::{CONSUMER_TIMEOUT, QueueUse, judge_timeout};
+use super::queue::{CONSUMER_TIMEOUT, QueueUse, judge_timeout};
 use super::{Finding, Severity};
 use crate::http::{Client, Endpoint};
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 use std::time::Duration;
 
 /// Longest wait for one answer.
@@ -75,8 +75,41 @@ struct Queue {
     arguments: Value,
     /// An empty list instead of an object when no policy applies.
     effective_policy_definition: Value,
+    /// Null, empty or missing if there is none.
+    leader: Option<String>,
     members: Vec<String>,
     online: Vec<String>,
+}
+
+/// An object that may name a field twice, as RabbitMQ does `online` once its statistics differ from what it sees: of two
+/// lists the shorter one counts.
+struct Fields(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(FieldsVisitor)
+    }
+}
+
+struct FieldsVisitor;
+
+impl<'de> Visitor<'de> for FieldsVisitor {
+    type Value = Fields;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+        let mut fields = Map::new();
+        while let Some((name, value)) = map.next_entry::<String, Value>()? {
+            let length = |value: &Value| value.as_array().map(Vec::len);
+            if fields.get(&name).is_none_or(|known| length(&value) <= length(known)) {
+                fields.insert(name, value);
+            }
+        }
+        Ok(Fields(fields))
+    }
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -126,7 +159,8 @@ pub async fn check(what: &ManagementCheck) -> Vec<Finding> {
         let bindings: Vec<Binding> = api.list(&format!("{path}/bindings/source")).await?;
         for queue in &what.queues {
             let path = format!("/api/queues/{}/{}", api.vhost, percent_encoded(&queue.spec.name));
-            if let Some(found) = api.get::<Queue>(&path).await? {
+            if let Some(Fields(fields)) = api.get(&path).await? {
+                let found = Queue::deserialize(Value::Object(fields)).map_err(|error| format!("{path}: {error}"))?;
                 findings.extend(judge_queue(queue, &found, major));
                 findings.push(judge_bindings(queue, &bindings));
             }
@@ -305,6 +339,12 @@ fn judge_kind(queue: &QueueUse, found: &Queue) -> Vec<Finding> {
         let text =
             format!("{} of {} members are online: it takes and gives nothing", found.online.len(), found.members.len());
         bad(Severity::Unsafe, "quorum", text, "start the nodes of its other members");
+    } else if found.kind == "quorum" && found.leader.as_deref().is_none_or(str::is_empty) {
+        let (online, members) = (found.online.len(), found.members.len());
+        let text = format!("has no leader, with {online} of {members} members online: it takes and gives nothing");
+        let mend = "restart its nodes, one at a time; if it still has none, delete it, let the consumer declare it, and send what it \
+                    held once more: oncebox audit --redrive";
+        bad(Severity::Unsafe, "leader", text, mend);
     }
     findings
 }
@@ -415,7 +455,9 @@ mod tests {
                 single_active_consumer: single,
                 voids: false,
             },
-            handler_timeout: Duration::from_secs(60),
+            concurrency: 8,
+            batch: 1,
+            handler_timeout: Duration::from_secs(10),
         }
     }
 
@@ -423,6 +465,7 @@ mod tests {
         Queue {
             kind: kind.to_owned(),
             durable: true,
+            leader: (kind == "quorum").then(|| "a".to_owned()),
             arguments,
             effective_policy_definition: policy,
             ..Queue::default()
@@ -489,6 +532,18 @@ mod tests {
             (Queue { members: vec!["a".into(), "b".into(), "c".into()], online: vec!["a".into()], ..base() }, "quorum"),
         ] {
             assert_eq!(told(&found, 3), [(what.to_owned(), Severity::Unsafe)]);
+        }
+        for (answer, what) in [
+            (r#""leader":null,"members":["a"],"online":["a"],"#, "leader"),
+            (r#""leader":"","members":["a"],"online":["a"],"#, "leader"),
+            (r#""members":["a"],"online":["a"],"#, "leader"),
+            (r#""leader":null,"members":["a"],"online":[],"online":["a"],"#, "quorum"),
+            (r#""leader":null,"members":["a"],"online":["a"],"online":[],"#, "quorum"),
+        ] {
+            let answer = format!(r#"{{"arguments":{{}},"durable":true,{answer}"state":"running","type":"quorum"}}"#);
+            let Fields(fields) = serde_json::from_str(&answer).expect("an object");
+            let found = Queue::deserialize(Value::Object(fields)).expect("a queue");
+            assert_eq!(told(&found, 3), [(what.to_owned(), Severity::Unsafe)], "{answer}");
         }
         let severities = |arguments| judge_kind(&consumer(true), &queue("quorum", arguments, json!([]))).len();
         assert_eq!((severities(json!({})), severities(json!({"x-single-active-consumer": true}))), (1, 0));

@@ -6,6 +6,7 @@
 pub mod broker;
 pub mod database;
 pub mod management;
+pub mod queue;
 pub mod sagas;
 
 use serde::Serialize;

@@ -10,6 +10,9 @@ use super::{Received, Reception};
 use sqlx::{AssertSqlSafe, PgConnection};
 use std::time::Duration;
 
+/// Written for what was done or held before: its commit may not have waited for the standby, so this one does.
+const MARK: &str = "pg_logical_emit_message(true, 'oncebox', 'known')";
+
 /// The statements that name a function.
 #[derive(Debug, Clone)]
 pub(super) struct AtOnce {
@@ -28,7 +31,10 @@ impl AtOnce {
                     select oncebox.inbox_receive($1, $2, $3, $4, $5, $6) as answer, clock_timestamp() as at
                 )
                 select r.answer, (date_part('epoch', r.at - statement_timestamp()) * 1000000)::bigint,
-                    case when r.answer = 'new' then {one} end is null,
+                    case
+                        when r.answer = 'new' then {one} is null
+                        when r.answer in ('done', 'held') then {MARK} is null
+                        else true end,
                     (date_part('epoch', clock_timestamp() - r.at) * 1000000)::bigint
                 from received as r"
             ),
@@ -42,7 +48,8 @@ impl AtOnce {
                         where m.answer = 'new'
                         order by m.n
                     ) as c),
-                    (date_part('epoch', clock_timestamp() - r.ended) * 1000000)::bigint
+                    (date_part('epoch', clock_timestamp() - r.ended) * 1000000)::bigint,
+                    case when r.answers && '{{done,held}}' then {MARK} end is null
                 from oncebox.inbox_receive_batch($1, $2, $3, $4, $5, $6) as r"
             ),
         }
@@ -103,7 +110,7 @@ impl SqlHandler {
         let arguments = messages.iter().map(arguments).collect::<Result<Vec<_>, _>>()?;
         let (payloads, headers): (Vec<&str>, Vec<String>) = arguments.into_iter().unzip();
         let positions = || messages.iter().map(|message| message.position.as_ref());
-        let row: (Vec<String>, i64, i64, i64) = sqlx::query_as(AssertSqlSafe(self.at_once.all.as_str()))
+        let row: (Vec<String>, i64, i64, i64, bool) = sqlx::query_as(AssertSqlSafe(self.at_once.all.as_str()))
             .bind(consumer)
             .bind(messages.iter().map(|message| message.id.0).collect::<Vec<_>>())
             .bind(positions().map(|at| at.map(|at| at.source)).collect::<Vec<_>>())
@@ -116,7 +123,7 @@ impl SqlHandler {
             .bind(self.known())
             .fetch_one(conn)
             .await?;
-        let (answers, inbox_us, _, handler_us) = row;
+        let (answers, inbox_us, _, handler_us, _) = row;
         let receptions = answers.iter().map(|answer| Reception::of(answer)).collect();
         Ok(Applied { receptions, inbox: micros(inbox_us), handler: micros(handler_us) })
     }

@@ -61,17 +61,22 @@ impl Reason {
     }
 }
 
-// A copy that another process has applied meanwhile is not held.
+// A copy that another process has applied meanwhile is not held. Where nothing is, a mark is written: the commit of what is
+// there already may not have waited for the standby.
 const HOLD: &str = "
-    insert into oncebox.inbox_held (
-        consumer, message_id, state, reason, last_error, attempts, next_at, source, stream, \"offset\", key, topic,
-        content_type, headers, body)
-    select
-        $1, $2, $3, $4, $5, $6, clock_timestamp() + make_interval(secs => $7), $8, $9, $10, $11, $12, $13, $14, $15
-    where not exists (
-        select from oncebox.inbox as i
-        where i.leaf = any (array[oncebox.inbox_day_leaf($2), 16]) and i.consumer = $1 and i.message_id = $2)
-    on conflict (consumer, message_id) do nothing";
+    with held as (
+        insert into oncebox.inbox_held (
+            consumer, message_id, state, reason, last_error, attempts, next_at, source, stream, \"offset\", key, topic,
+            content_type, headers, body)
+        select
+            $1, $2, $3, $4, $5, $6, clock_timestamp() + make_interval(secs => $7), $8, $9, $10, $11, $12, $13, $14, $15
+        where not exists (
+            select from oncebox.inbox as i
+            where i.leaf = any (array[oncebox.inbox_day_leaf($2), 16]) and i.consumer = $1 and i.message_id = $2)
+        on conflict (consumer, message_id) do nothing
+        returning 1
+    )
+    select pg_logical_emit_message(true, 'oncebox', 'held')::text where not exists (select from held)";
 
 /// Holds a delivery; once this is committed it may be acknowledged. One that is held already stays as it is.
 pub async fn hold(

@@ -75,9 +75,11 @@ pub async fn hold(
     Ok(())
 }
 
-const VOID: &str = "select oncebox.inbox_void_stream($1, $2, $3, $4, $5)";
+const VOID: &str = "
+    select oncebox.inbox_void_stream($1, $2, $3, $4, $5), pg_logical_emit_message(true, 'oncebox', 'void')::text";
 
-/// Passes an offset that will never come, now or when its turn has come; nothing if its message is in hand.
+/// Passes an offset that will never come, now or when its turn has come; nothing if its message is in hand. It writes in
+/// any case, so that the commit waits for the standby.
 pub async fn void(conn: &mut PgConnection, consumer: &str, at: &Position, reason: &str) -> Result<(), sqlx::Error> {
     let query = sqlx::query(VOID).bind(consumer).bind(at.source).bind(&at.stream).bind(at.offset).bind(reason);
     query.execute(conn).await?;

@@ -35,7 +35,7 @@ async fn go_round<R: Rounds>(database_url: &str, mut work: R, shutdown: Cancella
         application_name: "oncebox janitor",
         statement_timeout: R::LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = None;
     let mut failures = 0;

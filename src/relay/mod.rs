@@ -73,7 +73,7 @@ async fn connect(options: &RelayOptions) -> Result<sqlx::PgConnection, DbError> 
         application_name: "oncebox relay",
         statement_timeout: STATEMENT_TIMEOUT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: true,
+        plain_index_plans: true,
     };
     db::connect(&options.database_url, session).await
 }

@@ -30,7 +30,7 @@ const LOOK_COUNTERS: usize = 32;
 const PAGE_BYTES: usize = 8 << 20;
 /// Looks one after the other behind a row, for the next one: under load it comes within these few, which cost less than
 /// a message, and below it they are few.
-const QUICK_LOOKS: u32 = 6;
+const QUICK_LOOKS: u32 = 7;
 /// Pause between looks while messages come.
 const POLL_BUSY: Duration = Duration::from_millis(1);
 /// Looks when nothing has come for a while.
@@ -46,6 +46,10 @@ const REBASE_SLOW: Duration = Duration::from_millis(20);
 const TIDY_AFTER: Duration = Duration::from_secs(1);
 /// How often at most.
 const REBASE_EVERY: Duration = Duration::from_secs(1);
+/// After so long without a look the next one only makes a plan, as the first one does: what one transaction has written
+/// meanwhile can be millions of rows that nobody may see yet. The page walks them without a lock; the look would keep the
+/// lease from being renewed.
+const STALE_AFTER: Duration = Duration::from_secs(1);
 /// How often an idle lane looks whether its source is still in force.
 const SOURCE_LOOK: Duration = Duration::from_secs(5);
 
@@ -103,7 +107,8 @@ impl Reader {
         let mut looks_since: u32 = 0;
         let mut last_plan = Instant::now();
         let mut tidied = false;
-        let mut rebase = false;
+        let mut rebase = true;
+        let mut looked = Instant::now();
         let mut source_seen = Instant::now();
         loop {
             while let Some(current) = self.ahead.front() {
@@ -124,14 +129,15 @@ impl Reader {
                 return self.move_to(change).await;
             }
 
-            let looked = Instant::now();
+            let stale = looked.elapsed() >= STALE_AFTER;
+            looked = Instant::now();
             looks_since = looks_since.saturating_add(1);
             let tidy = !tidied && last_row.elapsed() >= TIDY_AFTER;
-            let forced = tidy || std::mem::take(&mut rebase);
+            let forced = tidy || stale || std::mem::take(&mut rebase);
             let idle = last_row.elapsed() >= BUSY_FOR;
             let seen = match idle && !forced && look::nothing_new(&mut self.conn, &self.newest).await? {
                 true => None,
-                false => Some(self.look(forced, limit.min(LOOK_ROWS)).await?),
+                false => Some(self.look(forced, if forced { 0 } else { limit.min(LOOK_ROWS) }).await?),
             };
             if let Some(Sight { q, opened: None }) = &seen {
                 let dear = is_dear(q - self.newest.q2, self.newest.ended_calm(), looked.elapsed());
@@ -159,7 +165,7 @@ impl Reader {
                 if !journal::source_stands(&mut self.conn, self.newest.source).await? {
                     return Err(DbError::SourceReplaced { lane: self.newest.lane });
                 }
-            } else if !rebase && looks_since > QUICK_LOOKS {
+            } else if !rebase && looks_since >= QUICK_LOOKS {
                 tokio::time::sleep(poll_delay(last_row.elapsed())).await;
             }
         }

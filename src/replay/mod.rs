@@ -533,19 +533,16 @@ impl Log {
     }
 }
 
-// A transaction that writes: one with an xid alone is not waited for when it commits.
-const FENCE: &str = "select pg_logical_emit_message(true, 'oncebox', 'replay')::text";
-
 /// A session after whose fence everything it sees is as durable as Postgres was asked to make it.
 async fn connect(url: &str) -> Result<PgConnection, DbError> {
     let session = db::SessionOptions {
         application_name: "oncebox replay",
         statement_timeout: STATEMENT_TIMEOUT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: true,
+        plain_index_plans: true,
     };
     let mut conn = db::connect(url, session).await?;
-    db::fenced(db::bounded("a fence", STATEMENT_TIMEOUT, sqlx::query(FENCE).execute(&mut conn))).await?;
+    db::fenced(db::bounded("a fence", STATEMENT_TIMEOUT, db::mark(&mut conn))).await?;
     Ok(conn)
 }
 
@@ -590,9 +587,6 @@ fn lane_of(stream: &str) -> Option<i16> {
     let (topic, lane) = stream.rsplit_once('#')?;
     lane.parse().ok().filter(|lane| *lane >= 0 && !topic.is_empty())
 }
-
-/// Every statement of this file, for the test that prepares them all.
-pub const STATEMENTS: &[&str] = &[FENCE];
 
 #[cfg(test)]
 mod tests {

@@ -251,7 +251,7 @@ async fn connect(database_url: &str) -> Result<PgConnection, DbError> {
         application_name: "oncebox orchestrate",
         statement_timeout: LIMIT,
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     db::connect(database_url, session).await
 }

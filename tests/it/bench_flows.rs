@@ -8,11 +8,7 @@ use std::path::Path;
 
 /// Runs a benchmark on the lab's servers and gives its measurement.
 async fn bench(lab: &Lab, args: &[&str]) -> Value {
-    let (mut ok, mut report, mut said) = run(lab, args).await;
-    // A broker that was started just now, on a machine where much else runs, may let it wait too long for a connection.
-    if !ok && said.contains("the broker did not answer") {
-        (ok, report, said) = run(lab, args).await;
-    }
+    let (ok, report, said) = run(lab, args).await;
     assert!(ok, "bench {args:?}:\n{said}");
     let measurements = report["measurements"].as_array().expect("measurements");
     assert_eq!(measurements.len(), 1, "{report}");
@@ -166,8 +162,7 @@ async fn end_to_end_counts_everything_and_leaves_nothing() {
     let plots = measurement["plots"].as_array().expect("plots");
     assert_eq!(plots.len(), 6, "{plots:?}");
     for line in plots.iter().flat_map(|plot| plot["lines"].as_array().expect("lines")) {
-        // How many depends on how long a look takes here.
-        assert!(line["points"].as_array().is_some_and(|points| points.len() >= 3), "{line}");
+        assert!(line["points"].as_array().is_some_and(|points| points.len() >= 10), "{line}");
     }
 
     assert_eq!(lab.number(names).await, before, "a database is left");

@@ -1,11 +1,12 @@
 //! Goal: the processes answer as an orchestrator and an operator expect: health, readiness, the API's description,
 //! and an end in order on SIGTERM.
 
-use crate::support::{LIMIT, Lab, ONCEBOX, Process, eventually};
+use crate::support::{LIMIT, Lab, ONCEBOX, Process, eventually, folder};
 use serde_json::{Value, json};
 use sqlx::Executor;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -111,6 +112,25 @@ fn openapi_is_the_file() {
     for path in ["/healthz:", "/readyz:"] {
         assert!(file.contains(path), "{path} is not described");
     }
+}
+
+/// Goal: servers that are held stop with their holder's caller, also if nobody reads what they say then.
+#[test]
+fn held_servers_stop_with_the_caller() {
+    let dir = folder("held");
+    let mut holder = Command::new(ONCEBOX);
+    holder.args(["node", "hold", "--dir"]).arg(&dir);
+    let mut holder =
+        holder.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let mut line = String::new();
+    BufReader::new(holder.stdout.take().expect("piped")).read_line(&mut line).expect("readable");
+    assert_eq!(line.trim(), "ready");
+    let text = std::fs::read_to_string(dir.join("postgres/data/postmaster.pid")).expect("Postgres runs");
+    let postgres = Path::new("/proc").join(text.lines().next().expect("its pid"));
+    assert!(postgres.exists());
+    drop((holder.stderr.take(), holder.stdin.take()));
+    assert!(holder.wait().expect("it ends").success());
+    assert!(!postgres.exists() && !dir.exists());
 }
 
 /// Goal: help and version are exit 0, on stdout.

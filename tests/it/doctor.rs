@@ -17,6 +17,7 @@ const CONFIG: &str = r#"
 name = "billing"
 bindings = ["order.#"]
 handler = { http = "http://127.0.0.1:1/" }
+handler_timeout = "10s"
 "#;
 
 /// What was found, by check; and the exit code.
@@ -320,6 +321,57 @@ async fn exchanges_that_swallow_messages_are_told() {
         assert_found(&found, &format!("exchange bad: {check}"), "unsafe", "");
     }
     drop(connection);
+}
+
+/// Goal: a quorum queue whose only member is down is unsafe, though the broker's statistics still count it; once it is
+/// back, all is well.
+#[tokio::test]
+async fn queues_that_nobody_leads_are_told() {
+    let lab = Lab::with_management().await;
+    let config = declared(&lab).await;
+    let queue = format!("rabbit_misc:r(<<\"{}\">>, queue, <<\"billing\">>)", lab.name);
+    for (act, expected) in [("stop", vec!["queue billing: quorum"]), ("restart", vec![])] {
+        let member = format!("{{ok, Q}} = rabbit_amqqueue:lookup({queue}), Member = amqqueue:get_pid(Q)");
+        let eval = format!("{member}, ok = ra:{act}_server(quorum_queues, Member).");
+        lab.rabbit.ctl(&["eval", &eval]).await.expect("acts");
+        eventually(act, async || {
+            let (found, code) = doctor(&lab, &["--config", &config]).await;
+            let is_told = of(&found, "unsafe") == expected && of(&found, "warning").is_empty();
+            is_told.then(|| assert_eq!(code, i32::from(!expected.is_empty())))
+        })
+        .await;
+    }
+}
+
+/// Goal: how long deliveries may wait is reckoned from the prefetch that the consumer really asks for.
+#[tokio::test]
+async fn waits_are_reckoned_from_the_prefetch() {
+    let lab = Lab::shared().await;
+    lab.sql(
+        "create schema shop;
+         create function shop.on_message(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
+         language plpgsql as 'begin end'",
+    )
+    .await;
+    let (sql, http) = ("handler = { sql = \"shop.on_message\" }\n", "handler = { http = \"http://127.0.0.1:1/\" }\n");
+    for (name, handler, settings, ahead, severity) in [
+        ("default", sql, "", 400, "warning"),
+        ("quick", sql, "handler_timeout = \"4s\"", 400, "ok"),
+        ("wide", sql, "concurrency = 40\norder = \"none\"", 640, "note"),
+        ("single", sql, "concurrency = 3\nbatch = 1", 48, "note"),
+        ("stream", sql, "order = \"stream\"", 128, "note"),
+        ("http", http, "order = \"none\"", 128, "ok"),
+    ] {
+        let config = lab.config(&format!("[[consumer]]\nname = \"{name}\"\nbindings = [\"#\"]\n{handler}{settings}"));
+        let mut consumer = lab.consume(&config).await;
+        let list = lab.rabbit.ctl(&["list_consumers", "-p", &lab.name, "queue_name", "prefetch_count"]).await;
+        let list = list.expect("lists");
+        assert_eq!(list.lines().last(), Some(format!("{name}\t{ahead}").as_str()), "{list}");
+        let (found, _) = doctor(&lab, &["--config", &config]).await;
+        let words = format!("of {ahead} deliveries ahead");
+        assert_found(&found, &format!("queue {name}: consumer timeout"), severity, &words);
+        assert!(consumer.stop().await.0.success());
+    }
 }
 
 /// Goal: a memory alarm is seen by plain AMQP and by the management API: B8.

@@ -9,26 +9,29 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection};
 const LEAVES: [&str; 8] =
     ["outbox_0", "outbox_1", "outbox_2", "outbox_3", "outbox_4", "outbox_5", "outbox_6", "outbox_7"];
 
-/// How many rows and index entries of the log and the journal were read so far, as the server counts.
-async fn touched(conn: &mut PgConnection) -> i64 {
-    conn.execute("select pg_stat_force_next_flush()").await.expect("flushes");
-    sqlx::query_scalar(
-        "select ((select sum(seq_tup_read) from pg_stat_user_tables
-                where schemaname = 'oncebox' and relname ~ '^outbox_([0-7]|plan)$')
-            + (select sum(idx_tup_read) from pg_stat_user_indexes
-                where schemaname = 'oncebox' and relname ~ '^outbox_([0-7]|plan)$'))::bigint",
-    )
-    .fetch_one(conn)
-    .await
-    .expect("counts")
+/// What something reads, as the server counts.
+#[derive(Debug)]
+struct Cost {
+    /// Rows and index entries of the log and the journal.
+    rows: i64,
+    /// Searches of the log's indexes: one that finds nothing reads no entry, and costs all the same.
+    searches: i64,
 }
 
-/// How often an index of the log was searched so far: a search that finds nothing reads no entry, and costs all the same.
-async fn searched(conn: &mut PgConnection) -> i64 {
+async fn cost_of(reader: &mut Reader, work: impl AsyncFnOnce(&mut Reader)) -> Cost {
+    let before = read_so_far(&mut reader.conn).await;
+    work(reader).await;
+    let after = read_so_far(&mut reader.conn).await;
+    Cost { rows: after.0 - before.0, searches: after.1 - before.1 }
+}
+
+async fn read_so_far(conn: &mut PgConnection) -> (i64, i64) {
     conn.execute("select pg_stat_force_next_flush()").await.expect("flushes");
-    sqlx::query_scalar(
-        "select sum(idx_scan)::bigint from pg_stat_user_indexes
-        where schemaname = 'oncebox' and relname ~ '^outbox_[0-7]$'",
+    sqlx::query_as(
+        "select ((select sum(seq_tup_read) from pg_stat_user_tables
+                where schemaname = 'oncebox' and relname ~ '^outbox_([0-7]|plan)$') + sum(idx_tup_read))::bigint,
+            (sum(idx_scan) filter (where relname ~ '^outbox_[0-7]$'))::bigint
+        from pg_stat_user_indexes where schemaname = 'oncebox' and relname ~ '^outbox_([0-7]|plan)$'",
     )
     .fetch_one(conn)
     .await
@@ -51,14 +54,15 @@ async fn everything_costs_what_it_holds(lab: &Lab) {
     assert!(plan.q_top - plan.q1 >= BACKLOG);
     reader.newest = plan.clone();
 
-    let before = touched(&mut reader.conn).await;
-    for page in 0..20 {
-        let after = plan.q1 + page * (BACKLOG / 20);
-        let rows = window::read(&mut reader.conn, &plan, after, 50, usize::MAX).await.expect("reads").rows;
-        assert_eq!(rows.len(), 50);
-    }
-    let cost = touched(&mut reader.conn).await - before;
-    assert!((20 * 50..20 * 60).contains(&cost), "20 pages of 50 rows read {cost} rows");
+    let cost = cost_of(&mut reader, async |reader| {
+        for page in 0..20 {
+            let after = plan.q1 + page * (BACKLOG / 20);
+            let rows = window::read(&mut reader.conn, &plan, after, 50, usize::MAX).await.expect("reads").rows;
+            assert_eq!(rows.len(), 50);
+        }
+    })
+    .await;
+    assert!((20 * 50..20 * 60).contains(&cost.rows), "20 pages of 50 rows: {cost:?}");
 
     for open in [false, true] {
         let mut other = lab.connect().await;
@@ -68,26 +72,29 @@ async fn everything_costs_what_it_holds(lab: &Lab) {
             reader.window(10).await;
             assert!(!reader.newest.ended_calm());
         }
-        let before = touched(&mut reader.conn).await;
-        for _ in 0..20 {
-            publish(lab, "one", 1).await;
-            let opened = reader.look(false, 10).await.opened.expect("it is found");
-            assert!(opened.rows.len() == 1 && opened.complete);
-            reader.newest = opened.recorded.plan;
-        }
-        let cost = touched(&mut reader.conn).await - before;
-        assert!(cost < 20 * 20, "20 windows of one row each read {cost} rows, one open: {open}");
+        let cost = cost_of(&mut reader, async |reader| {
+            for _ in 0..20 {
+                publish(lab, "one", 1).await;
+                let opened = reader.look(false, 10).await.opened.expect("it is found");
+                assert!(opened.rows.len() == 1 && opened.complete);
+                reader.newest = opened.recorded.plan;
+            }
+        })
+        .await;
+        assert!(cost.rows < 20 * 20, "20 windows of one row each: {cost:?}, one open: {open}");
 
-        let before = touched(&mut reader.conn).await;
-        for _ in 0..20 {
-            assert!(reader.look(false, 10).await.opened.is_none());
-        }
-        let cost = touched(&mut reader.conn).await - before;
-        assert!(cost < 20 * 5, "20 looks at nothing read {cost} rows, one open: {open}");
+        let cost = cost_of(&mut reader, twenty_looks_at_nothing).await;
+        assert!(cost.rows < 20 * 5, "20 looks at nothing: {cost:?}, one open: {open}");
         other.execute("rollback").await.expect("rolls back");
     }
     let counted = read(&mut reader.conn, &plan, 5_000).await;
     assert_eq!(counted.len() as i64, BACKLOG);
+}
+
+async fn twenty_looks_at_nothing(reader: &mut Reader) {
+    for _ in 0..20 {
+        assert!(reader.look(false, 10).await.opened.is_none());
+    }
 }
 
 /// Goal: so on a log that was never analysed.
@@ -117,10 +124,44 @@ async fn a_log_analysed_when_almost_empty_is_read_by_index() {
     everything_costs_what_it_holds(&lab).await;
 }
 
-/// Goal: no parallel workers are started for a page of a log that looks large: each would be a process for a few rows.
+/// Goal: a look that is to bring no rows makes its plan without a walk over those that nobody may see yet; the page behind
+/// it has the rows of the window.
 #[tokio::test]
-async fn a_page_takes_no_parallel_workers() {
-    let lab = Lab::own().await;
+async fn a_look_without_rows_walks_none() {
+    const UNSEEN: i64 = 5_000;
+    let lab = Lab::shared().await;
+    let mut reader = Reader::new(&lab).await;
+    for seen in [0, 3] {
+        let mut other = lab.connect().await;
+        other
+            .execute(AssertSqlSafe(format!(
+                "begin; select oncebox.publish('unseen', '1', key => i::text) from generate_series(1, {UNSEEN}) as i"
+            )))
+            .await
+            .expect("publishes");
+        publish(&lab, "seen", seen).await;
+        let cost = cost_of(&mut reader, async |reader| {
+            let opened = reader.look(true, 0).await.opened.expect("it was forced");
+            assert!(opened.rows.is_empty() && !opened.complete);
+            reader.newest = opened.recorded.plan;
+        })
+        .await;
+        assert!(cost.rows < 50, "a look without rows: {cost:?}");
+        let plan = reader.newest.clone();
+        let cost = cost_of(&mut reader, async |reader| {
+            let page = window::read(&mut reader.conn, &plan, 0, 10, usize::MAX).await.expect("reads");
+            assert_eq!((page.rows.len() as i64, page.last), (seen, true));
+        })
+        .await;
+        assert!(cost.rows >= UNSEEN, "the page walks what the look did not: {cost:?}");
+        other.execute("rollback").await.expect("rolls back");
+    }
+}
+
+/// Goal: a relay's session takes no parallel workers, also where they look free: each would be a process for a few rows.
+#[tokio::test]
+async fn a_relays_session_takes_no_parallel_workers() {
+    let lab = Lab::shared().await;
     for free in
         ["parallel_setup_cost", "parallel_tuple_cost", "min_parallel_table_scan_size", "min_parallel_index_scan_size"]
     {
@@ -128,24 +169,13 @@ async fn a_page_takes_no_parallel_workers() {
     }
     publish(&lab, "backlog", BACKLOG).await;
     lab.sql("analyze oncebox.outbox").await;
-    let mut reader = Reader::new(&lab).await;
-    let plan = reader.look(false, 0).await.opened.expect("the backlog is found").recorded.plan;
-    assert_eq!(read(&mut reader.conn, &plan, 5_000).await.len() as i64, BACKLOG);
-    let prepared: Vec<String> = sqlx::query_scalar(
-        "select format('explain execute %s (%s)', p.name, array_to_string(array_fill('null'::text,
-            array[cardinality(p.parameter_types)]), ', '))
-        from pg_prepared_statements as p where p.statement like '%from oncebox.outbox as o%' and cardinality(p.parameter_types) > 0",
-    )
-    .fetch_all(&mut reader.conn)
-    .await
-    .expect("the session's statements");
-    assert!(!prepared.is_empty());
-    for explain in prepared {
-        let lines: Vec<String> =
-            sqlx::query_scalar(AssertSqlSafe(explain)).fetch_all(&mut reader.conn).await.expect("explains");
-        assert!(lines.iter().any(|line| line.contains("Index Scan")), "{lines:#?}");
-        assert!(!lines.iter().any(|line| line.contains("Gather")), "{lines:#?}");
-    }
+    let explain = "explain select o.body from oncebox.outbox as o where o.lane = 0 and o.seq > 0";
+    let takes_workers = async |conn: &mut PgConnection| {
+        let lines: Vec<String> = sqlx::query_scalar(explain).fetch_all(conn).await.expect("explains");
+        lines.iter().any(|line| line.contains("Gather"))
+    };
+    assert!(takes_workers(&mut lab.connect().await).await, "nobody would");
+    assert!(!takes_workers(&mut Reader::new(&lab).await.conn).await);
 }
 
 /// Goal: savepoints can put any number of xids between a plan's snapshot and its own: its looks, its window and the
@@ -184,36 +214,29 @@ async fn a_plan_after_many_savepoints_costs_what_it_holds() {
     reader.newest = plan;
 
     // Looks that find nothing, while those rows are there and nobody's.
-    let before = (touched(&mut reader.conn).await, searched(&mut reader.conn).await);
-    for _ in 0..20 {
-        assert!(reader.look(false, 10).await.opened.is_none());
-    }
-    let cost = touched(&mut reader.conn).await - before.0;
-    let searches = searched(&mut reader.conn).await - before.1;
-    assert!(cost < 20 * 10 && searches < 20 * 100, "20 looks at nothing read {cost} rows in {searches} searches");
+    let cost = cost_of(&mut reader, twenty_looks_at_nothing).await;
+    assert!(cost.rows < 20 * 10 && cost.searches < 20 * 100, "20 looks at nothing: {cost:?}");
 
     // One of them ends: the look finds it, and so does a page, and the counts.
     above.execute("commit").await.expect("commits");
-    let before = (touched(&mut reader.conn).await, searched(&mut reader.conn).await);
-    let opened = reader.look(false, 10).await.opened.expect("it is found");
-    assert!(opened.rows.len() == 3 && opened.complete && opened.rows.iter().all(|row| row.message.topic == "above"));
-    let cost = touched(&mut reader.conn).await - before.0;
-    let searches = searched(&mut reader.conn).await - before.1;
-    assert!(cost < 50 && searches < 200, "a window of 3 rows read {cost} rows in {searches} searches");
-    let first = opened.recorded.plan;
-    let before = (touched(&mut reader.conn).await, searched(&mut reader.conn).await);
-    for _ in 0..20 {
-        assert_eq!(read(&mut reader.conn, &first, 100).await.len(), 3);
-    }
-    let cost = touched(&mut reader.conn).await - before.0;
-    let searches = searched(&mut reader.conn).await - before.1;
-    assert!(
-        cost < 20 * 50 && searches < 20 * 200,
-        "20 pages of 3 rows, and their counts, read {cost} rows in {searches} searches"
-    );
+    let cost = cost_of(&mut reader, async |reader| {
+        let opened = reader.look(false, 10).await.opened.expect("it is found");
+        let rows = &opened.rows;
+        assert!(rows.len() == 3 && opened.complete && rows.iter().all(|row| row.message.topic == "above"));
+        reader.newest = opened.recorded.plan;
+    })
+    .await;
+    assert!(cost.rows < 50 && cost.searches < 200, "a window of 3 rows: {cost:?}");
+    let first = reader.newest.clone();
+    let cost = cost_of(&mut reader, async |reader| {
+        for _ in 0..20 {
+            assert_eq!(read(&mut reader.conn, &first, 100).await.len(), 3);
+        }
+    })
+    .await;
+    assert!(cost.rows < 20 * 50 && cost.searches < 20 * 200, "20 pages of 3 rows, and their counts: {cost:?}");
 
     // As does the one with the savepoints, which the next plan's snapshot lists.
-    reader.newest = first;
     saving.execute("commit").await.expect("commits");
     let (found, rows) = reader.window(100).await;
     assert!(found && rows.len() == 500);

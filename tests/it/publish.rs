@@ -241,6 +241,29 @@ async fn payloads_are_kept_byte_for_byte() {
     assert_eq!(lab.number(types).await, 5);
 }
 
+/// Goal: published in the `returning` of the statement that writes the business rows, each row's message is there once,
+/// in the order of the rows, and all of them go with the statement.
+#[tokio::test]
+async fn one_statement_writes_rows_and_their_messages() {
+    let lab = Lab::shared().await;
+    let mut conn = lab.connect().await;
+    conn.execute("create table public.purchase (id int primary key, amount numeric check (amount > 0))").await.unwrap();
+    let insert = "insert into public.purchase select n, 100 - n from generate_series($1::int, $2::int) as n
+        returning id, oncebox.publish('t', jsonb_build_object('id', id), key => (id % 3)::text)";
+    let rows: Vec<(i32, Uuid)> = sqlx::query_as(insert).bind(1).bind(50).fetch_all(&mut conn).await.unwrap();
+    let log = "select (convert_from(body, 'UTF8')::jsonb ->> 'id')::int, message_id from oncebox.outbox order by seq";
+    let written: Vec<(i32, Uuid)> = sqlx::query_as(log).fetch_all(&mut conn).await.unwrap();
+    assert_eq!(written, rows);
+    assert_eq!(rows.iter().map(|(n, _)| *n).collect::<Vec<_>>(), (1..=50).collect::<Vec<_>>());
+    // The row of 100 fails: the messages of the others go with it.
+    sqlx::query(insert).bind(51).bind(100).execute(&mut conn).await.unwrap_err();
+    assert_eq!(lab.number(WRITTEN).await, 50);
+    conn.execute("update public.purchase set amount = 1 where id <= 3 returning oncebox.publish('t', '1')")
+        .await
+        .unwrap();
+    assert_eq!(lab.number(WRITTEN).await, 53);
+}
+
 /// Goal: a message is there exactly when its transaction commits: plain, prepared, under repeatable read and
 /// serializable, and in a savepoint.
 #[tokio::test]

@@ -414,6 +414,50 @@ async fn settled_windows_are_not_read_again() {
     assert_eq!(tap.read(30).await.duplicates(), 0, "{}", again.log());
 }
 
+/// Stands before `outbox_look`: each waits while advisory lock 1 is taken, and says afterwards what it was asked for.
+const LOOKS_SEEN: &str = "
+    create table public.looks (n bigserial primary key, forced boolean, max_rows bigint, took interval);
+    alter function oncebox.outbox_look rename to look_itself;
+    do $$ begin
+        execute (select format('create function oncebox.outbox_look(%s) returns %s language plpgsql as $f$ begin
+                perform pg_advisory_xact_lock_shared(1);
+                return query select * from oncebox.look_itself(%s);
+                insert into public.looks (forced, max_rows, took)
+                values ($8, $14, clock_timestamp() - statement_timestamp());
+            end $f$', pg_get_function_arguments(p.oid), pg_get_function_result(p.oid),
+            (select string_agg('$' || i, ', ' order by i) from generate_series(1, p.pronargs) as i))
+        from pg_proc as p where p.proname = 'look_itself');
+    end $$";
+
+/// Goal: where much can have come since the last look, at first and after one that took long, the next makes a plan and
+/// brings no rows: it would walk all that nobody may see yet while it keeps the lease from being renewed.
+#[tokio::test]
+async fn a_look_after_long_only_makes_a_plan() {
+    let lab = Lab::shared().await;
+    let tap = Tap::on(&lab).await;
+    lab.sql(LOOKS_SEEN).await;
+    lab.sql("select oncebox.publish('t', '1')").await;
+    let _relay = lab.relay().await;
+    tap.read(1).await;
+    let mut gate = lab.connect().await;
+    gate.execute("select pg_advisory_lock(1); select oncebox.publish('t', '2')").await.expect("publishes");
+    let waiting = "select count(*) from pg_locks where locktype = 'advisory' and not granted
+        and database = (select oid from pg_database where datname = current_database())";
+    eventually_number(&mut gate, waiting, 1).await;
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+    gate.execute("select pg_advisory_unlock(1)").await.expect("lets it look");
+    tap.read(1).await;
+    let after_long = "select count(*) from (
+            select l.forced, l.max_rows, lag(l.took, 1, '1 hour') over (order by l.n) as before from public.looks as l
+        ) as l where l.before > '1 second' and l.forced and l.max_rows = 0";
+    eventually_number(&mut gate, after_long, 2).await;
+    let others = "select count(*) from (
+            select l.max_rows, lag(l.took, 1, '1 hour') over (order by l.n) as before from public.looks as l
+        ) as l where l.before > '1 second' and l.max_rows > 0";
+    assert_eq!(lab.number(others).await, 0);
+    assert!(lab.number("select count(*) from public.looks where max_rows > 0").await > 0);
+}
+
 /// Goal: a database that answers nothing is noticed within the lease's term; nothing is published meanwhile, and
 /// everything is after it answers again.
 #[tokio::test]

@@ -85,7 +85,7 @@ impl Reader {
             application_name: "test",
             statement_timeout: Duration::from_secs(30),
             idle_timeout: db::IDLE_TIMEOUT,
-            index_scans_only: true,
+            plain_index_plans: true,
         };
         let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
         let lease = lease::take(&mut conn, 0, Uuid::now_v7(), "test").await.expect("asks").expect("gets the lane");

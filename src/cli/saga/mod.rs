@@ -102,7 +102,7 @@ pub async fn run(args: SagaArgs, config: &Config) -> anyhow::Result<ExitCode> {
         application_name: "oncebox saga",
         statement_timeout: Duration::from_secs(60),
         idle_timeout: db::IDLE_TIMEOUT,
-        index_scans_only: false,
+        plain_index_plans: false,
     };
     let mut conn = db::connect(config.database_url()?, session).await?;
     migrate::check(&mut conn).await?;

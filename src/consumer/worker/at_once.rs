@@ -5,6 +5,7 @@
 
 use super::{Failure, MARGIN, Times, Worker, handler_failure, within};
 use crate::consumer::Order;
+use crate::db;
 use crate::failpoints;
 use crate::inbox::handler::HandlerError;
 use crate::inbox::held::Reason;
@@ -27,15 +28,14 @@ impl Worker {
         let conn = self.session().await?;
         let work = async {
             let by_key = options.order == Order::Key;
-            let applied = function.receive_and_apply(conn, &options.name, message, by_key).await;
-            let Some(applied) = applied.map_err(|error| handler_failure(HandlerError::Database(error)))? else {
-                return Ok(false);
-            };
+            let applied = db::watched(function.receive_and_apply(conn, &options.name, message, by_key)).await;
+            let applied = applied.map_err(|error| handler_failure(HandlerError::Database(error)))?;
+            let Some(applied) = applied.confirmed(conn).await? else { return Ok(false) };
             if applied.receptions == Reception::New {
                 took = Some(Times { inbox: applied.inbox, handler: applied.handler });
             }
             if let Some(reason @ Reason::BehindKey) = applied.receptions.holds() {
-                held::hold(conn, &options.name, message, &reason).await?;
+                db::fenced(async { Ok(held::hold(conn, &options.name, message, &reason).await?) }).await?;
             }
             failpoints::pass("consumer.committed");
             Ok(true)
