@@ -86,23 +86,23 @@ async fn up(dir: &Path, management: bool) -> anyhow::Result<()> {
 
 async fn down(dir: &Path) -> anyhow::Result<()> {
     let broker = match Rabbit::attach(dir).await {
-        Some(mut rabbit) => rabbit.stop().await.map(|()| say("RabbitMQ is stopped")),
-        None => Ok(say("RabbitMQ was not running")),
+        Some(mut rabbit) => rabbit.stop().await.map(|()| "RabbitMQ is stopped"),
+        None => Ok("RabbitMQ was not running"),
     };
     // Whatever became of the broker, the database stops too.
     let database = match Postgres::attach(dir).await {
-        Some(mut postgres) => postgres.stop().await.map(|()| say("PostgreSQL is stopped")),
-        None => Ok(say("PostgreSQL was not running")),
+        Some(mut postgres) => postgres.stop().await.map(|()| "PostgreSQL is stopped"),
+        None => Ok("PostgreSQL was not running"),
     };
     // Without it nobody takes the URLs of a stopped server for good ones.
     let _ = fs::remove_file(dir.join("env"));
+    // The caller may be gone: servers that are held stop then.
+    for text in [&broker, &database].into_iter().flatten() {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
     broker?;
-    Ok(database?)
-}
-
-/// Tells the caller, who may be gone: servers that are held stop then.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
+    database?;
+    Ok(())
 }
 
 async fn hold(dir: &Path) -> anyhow::Result<()> {
