@@ -329,7 +329,7 @@ fn consumer(table: ConsumerTable) -> Result<ConsumerConfig, ConfigError> {
             initial: duration(&setting("backoff_initial"), table.backoff_initial, Duration::from_secs(1))?,
             cap: duration(&setting("backoff_cap"), table.backoff_cap, Duration::from_secs(300))?,
         },
-        handler_timeout: duration(&setting("handler_timeout"), table.handler_timeout, Duration::from_secs(60))?,
+        handler_timeout: duration(&setting("handler_timeout"), table.handler_timeout, Duration::from_secs(30))?,
         bindings: table.bindings,
         name,
     })

@@ -38,6 +38,8 @@ pub const STATEMENTS: &[&[&str]] = &[registration::STATEMENTS, worker::STATEMENT
 
 /// Deliveries on their way for each worker: enough that none waits for the broker.
 const PREFETCH_PER_WORKER: usize = 16;
+/// Most deliveries on their way.
+const MAX_PREFETCH: usize = 4_096;
 /// Delay before a new subscription, or a new look after the database failed.
 const RECONNECT_BACKOFF: Backoff = Backoff { initial: Duration::from_millis(200), cap: Duration::from_secs(5) };
 
@@ -136,6 +138,14 @@ struct Settled {
     tags: Vec<u64>,
 }
 
+/// Deliveries on their way to a consumer of so many handlers at a time and messages of a transaction, one by one or
+/// batched: it takes so many ahead.
+pub fn prefetch(concurrency: usize, batch: usize) -> usize {
+    // Room for a batch in hand, the next one, and as many on their way: acknowledged, and not replaced yet.
+    let for_batches = if batch > 1 { 4 * batch } else { 0 };
+    (concurrency.max(1) * PREFETCH_PER_WORKER).max(for_batches).min(MAX_PREFETCH)
+}
+
 /// Consumes until `shutdown` is cancelled; then lets running handlers end within the drain deadline.
 ///
 /// # Errors
@@ -148,9 +158,7 @@ pub async fn run<B: Broker>(
 ) -> Result<(), ConsumerError> {
     let options = Arc::new(options);
     let batching = options.batch > 1 && options.order != Order::Stream && handler.batches().is_some();
-    // Room for a batch in hand, the next one, and as many on their way: acknowledged, and not replaced yet.
-    let for_batches = if batching { 4 * options.batch } else { 0 };
-    let prefetch = (options.concurrency.max(1) * PREFETCH_PER_WORKER).max(for_batches).min(4_096);
+    let prefetch = prefetch(options.concurrency, if batching { options.batch } else { 1 });
     let (settled_sender, settled) = mpsc::channel(prefetch);
     let shared = Arc::new(Shared::default());
     let stop_workers = CancellationToken::new();
