@@ -30,7 +30,7 @@ pub(super) const EFFECTS: &str = "
     create table effect (message_id uuid not null, payload jsonb not null);
     create function own(message_id uuid, topic text, payload jsonb, headers jsonb) returns void
     language plpgsql as $$ begin insert into effect values (message_id, payload); end $$;";
-/// Longest wait for a queue that is declared: its first election may take long where much else runs, and is not measured.
+/// Longest wait for a queue that is declared: that can take long where much else runs, and is not measured.
 const SET_UP_LIMIT: Duration = Duration::from_secs(60);
 /// How long relay and consumer may take to end.
 const DRAIN: Duration = Duration::from_secs(10);

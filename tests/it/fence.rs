@@ -72,26 +72,15 @@ async fn a_cancelled_wait_for_the_standby_is_no_fence() {
     let lab = Lab::own().await;
     let tap = Tap::on(&lab).await;
     let relay = lab.relay().await;
-    // A standby that never comes.
-    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
-    lab.sql("select pg_reload_conf()").await;
+    lab.require_absent_standby().await;
     let mut conn = lab.connect().await;
-    eventually("the setting is in force", async || {
-        let names: String = sqlx::query_scalar("show synchronous_standby_names")
-            .fetch_one(&mut connect(&lab.database_url).await)
-            .await
-            .expect("shows");
-        (names == "nobody").then_some(())
-    })
-    .await;
     conn.execute("set synchronous_commit = local; select oncebox.publish('t', '1')").await.expect("publishes");
     for _ in 0..3 {
         cancel_a_waiting_commit(&lab, "oncebox relay").await;
     }
     relay.wait_for_log("was not confirmed as durable").await;
     assert_eq!(tap.depth().await, 0, "a message was published that no standby has");
-    conn.execute("alter system reset synchronous_standby_names").await.expect("resets");
-    conn.execute("select pg_reload_conf()").await.expect("reloads");
+    lab.require_no_standby().await;
     assert_eq!(tap.read(1).await.deliveries.len(), 1);
 }
 
@@ -107,8 +96,7 @@ async fn a_fence_tells_a_cancelled_commit_from_a_good_one() {
     };
     let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
     let lease = lease::take(&mut conn, 0, Uuid::now_v7(), "test").await.expect("fenced").expect("free");
-    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
-    lab.sql("select pg_reload_conf()").await;
+    lab.require_absent_standby().await;
     let renewing = tokio::spawn(async move {
         // Reloading is not instant: until then the renewal is a good fence.
         loop {
@@ -135,8 +123,7 @@ async fn a_look_with_a_cancelled_commit_hands_out_nothing() {
     };
     let mut conn = db::connect(&lab.database_url, options).await.expect("connects");
     let lease = lease::take(&mut conn, 0, Uuid::now_v7(), "test").await.expect("fenced").expect("free");
-    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
-    lab.sql("select pg_reload_conf()").await;
+    lab.require_absent_standby().await;
     let looking = tokio::spawn(async move {
         let mut newest = journal::resume(&mut conn, 0).await.expect("resumes").plans.pop_back().expect("a plan").plan;
         // Reloading is not instant: until then the look is a good fence.
@@ -202,13 +189,7 @@ async fn is_acknowledged_behind_the_standby(extra: &str, count: i64, payload: &s
     lab.sql(&format!("select oncebox.publish('t', '{payload}') from generate_series(1, {count})")).await;
     eventually("the messages are in the queue", async || (in_queue(&lab).await == count).then_some(())).await;
     relay.stop().await;
-    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
-    lab.sql("select pg_reload_conf()").await;
-    eventually("the setting is in force", async || {
-        let set = "select (current_setting('synchronous_standby_names') = 'nobody')::int::bigint";
-        (lab.number(set).await == 1).then_some(())
-    })
-    .await;
+    lab.require_absent_standby().await;
     let _consumer = lab.consume(&path).await;
     if terminate {
         end_a_waiting_commit(&lab, "oncebox consume", "pg_terminate_backend").await;
@@ -217,9 +198,7 @@ async fn is_acknowledged_behind_the_standby(extra: &str, count: i64, payload: &s
         cancel_a_waiting_commit(&lab, "oncebox consume").await;
     }
     assert_eq!(in_queue(&lab).await, count, "acknowledged what no standby has");
-    let mut conn = lab.connect().await;
-    conn.execute("alter system reset synchronous_standby_names").await.expect("resets");
-    conn.execute("select pg_reload_conf()").await.expect("reloads");
+    lab.require_no_standby().await;
     eventually("the queue is empty", async || (in_queue(&lab).await == 0).then_some(())).await;
     assert_eq!(lab.number(outcome).await, count);
 }

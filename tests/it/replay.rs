@@ -539,21 +539,13 @@ async fn a_replay_begins_with_a_fence() {
     let _relay = lab.relay().await;
     publish(&lab, 1, 5, 1).await;
     tap.read(5).await;
-    // A standby that never comes.
-    lab.sql("alter system set synchronous_standby_names = 'nobody'").await;
-    lab.sql("select pg_reload_conf()").await;
-    eventually("the setting is in force", async || {
-        let set = "select (current_setting('synchronous_standby_names') = 'nobody')::int::bigint";
-        (lab.number(set).await == 1).then_some(())
-    })
-    .await;
+    lab.require_absent_standby().await;
     let mut replay = lab.spawn(&["replay", "--since", "1h"]);
     let waits =
         "select count(*) from pg_stat_activity where application_name = 'oncebox replay' and wait_event = 'SyncRep'";
     eventually_number(&mut lab.connect().await, waits, 1).await;
     assert_eq!(tap.depth().await, 0, "it was sent before the fence held");
-    lab.sql("alter system reset synchronous_standby_names").await;
-    lab.sql("select pg_reload_conf()").await;
+    lab.require_no_standby().await;
     let status = replay.end().await;
     assert!(status.success() && replay.log().contains("sent 5\n"), "{}", replay.log());
     assert_eq!(tap.read(5).await.deliveries.len(), 5);

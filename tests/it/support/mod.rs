@@ -137,6 +137,23 @@ impl Lab {
         number(&mut self.connect().await, query).await
     }
 
+    /// From now on commits wait for a synchronous standby that never comes.
+    pub async fn require_absent_standby(&self) {
+        self.sql("alter system set synchronous_standby_names = 'nobody'").await;
+        self.sql("select pg_reload_conf()").await;
+        eventually("the setting is in force", async || {
+            let set = "select (current_setting('synchronous_standby_names') = 'nobody')::int::bigint";
+            (self.number(set).await == 1).then_some(())
+        })
+        .await;
+    }
+
+    /// Commits wait for no standby any more.
+    pub async fn require_no_standby(&self) {
+        self.sql("alter system reset synchronous_standby_names").await;
+        self.sql("select pg_reload_conf()").await;
+    }
+
     /// The program with this lab's URLs.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(ONCEBOX);
